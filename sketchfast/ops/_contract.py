@@ -83,7 +83,7 @@ def choose_impl(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str
         if reason is not None:
             raise RuntimeError(f"impl={impl!r} of {op} cannot run on {device_type}: {reason}")
         return impl
-    missing = []
+    missing: list[str] = []
     for candidate in preference(op, device_type):
         reason = unavailable_reason(candidate, device_type)
         if reason is None and _dtype_reason(candidate, device_type, dtype) is None:

@@ -32,9 +32,12 @@ def _fake_raster_fwd(
     points, pen_down, lengths, height, width, sharpness, offset, blur_sigma, blur_taps, dtype, save
 ):
     shape = (points.shape[0], height, width)
+    none = (0, height, width)
+    keeps_ink = save and points.device.type == "cpu"
     return (
         points.new_empty(shape, dtype=dtype),
-        points.new_empty(shape if save else (0, height, width), dtype=_segment_dtype(points)),
+        points.new_empty(shape if save else none, dtype=_segment_dtype(points)),
+        points.new_empty(shape if keeps_ink else none, dtype=reference.compute_dtype(points.dtype)),
     )
 
 
@@ -43,27 +46,28 @@ def _setup_raster(ctx: Any, inputs: tuple, output: tuple) -> None:
     if not save:
         raise RuntimeError("raster_fwd was called with save=False on points that require a gradient")
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(points, pen_down, lengths, output[1])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(points, pen_down, lengths, *output[1:])
     ctx.scalars = scalars
 
 
 def _backward_raster(impl: str):
-    def backward(ctx: Any, grad: Tensor | None, _segment: None):
+    def backward(ctx: Any, grad: Tensor | None, _segment: None, _ink: None):
         if grad is None:
             return (None,) * 11
-        points, pen_down, lengths, segment = ctx.saved_tensors
         op = getattr(torch.ops.sketchfast, f"raster_bwd_{impl}")
-        return op(grad.contiguous(), points, pen_down, lengths, segment, *ctx.scalars), *(None,) * 10
+        return op(grad.contiguous(), *ctx.saved_tensors, *ctx.scalars), *(None,) * 10
 
     return backward
 
 
+# Beside the image, for backward: the nearest segment of each pixel and, on CPU, its ink before the blur. A GPU
+# recomputes that from the segment, which is cheaper there than the memory traffic.
 contract.define(
     "raster",
     "raster_fwd",
     "(Tensor points, Tensor pen_down, Tensor? lengths, SymInt height, SymInt width, float sharpness,"
-    " float offset, float blur_sigma, SymInt blur_taps, ScalarType dtype, bool save) -> (Tensor, Tensor)",
+    " float offset, float blur_sigma, SymInt blur_taps, ScalarType dtype, bool save) -> (Tensor, Tensor, Tensor)",
     _fake_raster_fwd,
     setup_context=_setup_raster,
     backward=_backward_raster,
@@ -71,8 +75,8 @@ contract.define(
 contract.define(
     "raster",
     "raster_bwd",
-    "(Tensor grad, Tensor points, Tensor pen_down, Tensor? lengths, Tensor segment, float sharpness,"
-    " float offset, float blur_sigma, SymInt blur_taps) -> Tensor",
+    "(Tensor grad, Tensor points, Tensor pen_down, Tensor? lengths, Tensor segment, Tensor ink,"
+    " float sharpness, float offset, float blur_sigma, SymInt blur_taps) -> Tensor",
     lambda grad, points, *_: torch.empty_like(points),
 )
 
