@@ -28,17 +28,18 @@ def _segment_dtype(points: Tensor) -> torch.dtype:
     return torch.int16 if points.shape[1] <= 2**15 else torch.int32
 
 
-def _fake_raster_fwd(
-    points, pen_down, lengths, height, width, sharpness, offset, blur_sigma, blur_taps, dtype, save
-):
-    shape = (points.shape[0], height, width)
-    none = (0, height, width)
-    keeps_ink = save and points.device.type == "cpu"
-    return (
-        points.new_empty(shape, dtype=dtype),
-        points.new_empty(shape if save else none, dtype=_segment_dtype(points)),
-        points.new_empty(shape if keeps_ink else none, dtype=reference.compute_dtype(points.dtype)),
-    )
+def _fake_raster_fwd(impl: str):
+    def fake(points, pen_down, lengths, height, width, *rest):
+        dtype, save = rest[-2:]
+        shape, none = (points.shape[0], height, width), (0, height, width)
+        keeps_ink = save and impl == "native" and points.device.type == "cpu"
+        return (
+            points.new_empty(shape, dtype=dtype),
+            points.new_empty(shape if save else none, dtype=_segment_dtype(points)),
+            points.new_empty(shape if keeps_ink else none, dtype=reference.compute_dtype(points.dtype)),
+        )
+
+    return fake
 
 
 def _setup_raster(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -61,13 +62,14 @@ def _backward_raster(impl: str):
     return backward
 
 
-# Beside the image, for backward: the nearest segment of each pixel and, on CPU, its ink before the blur. A GPU
-# recomputes that from the segment, which is cheaper there than the memory traffic.
+# Beside the image, for backward: the nearest segment of each pixel and, from native on CPU, its ink before
+# the blur. The GPU kernels form that again from the segment, which costs less than the memory traffic.
 contract.define(
     "raster",
     "raster_fwd",
     "(Tensor points, Tensor pen_down, Tensor? lengths, SymInt height, SymInt width, float sharpness,"
-    " float offset, float blur_sigma, SymInt blur_taps, ScalarType dtype, bool save) -> (Tensor, Tensor, Tensor)",
+    " float offset, float blur_sigma, SymInt blur_taps, ScalarType dtype, bool save)"
+    " -> (Tensor image, Tensor segment, Tensor ink)",
     _fake_raster_fwd,
     setup_context=_setup_raster,
     backward=_backward_raster,
@@ -77,16 +79,19 @@ contract.define(
     "raster_bwd",
     "(Tensor grad, Tensor points, Tensor pen_down, Tensor? lengths, Tensor segment, Tensor ink,"
     " float sharpness, float offset, float blur_sigma, SymInt blur_taps) -> Tensor",
-    lambda grad, points, *_: torch.empty_like(points),
+    lambda impl: lambda grad, points, *_: torch.empty_like(points),
 )
 
 
-def _fake_stroke_distance_fwd(points, pen_down, lengths, height, width):
-    shape = (points.shape[0], height, width)
-    return (
-        points.new_empty(shape, dtype=reference.compute_dtype(points.dtype)),
-        points.new_empty(shape, dtype=torch.int32),
-    )
+def _fake_stroke_distance_fwd(impl: str):
+    def fake(points, pen_down, lengths, height, width):
+        shape = (points.shape[0], height, width)
+        return (
+            points.new_empty(shape, dtype=reference.compute_dtype(points.dtype)),
+            points.new_empty(shape, dtype=torch.int32),
+        )
+
+    return fake
 
 
 def _setup_stroke_distance(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -118,18 +123,20 @@ contract.define(
     "raster",
     "stroke_distance_bwd",
     "(Tensor grad, Tensor points, Tensor segment) -> Tensor",
-    lambda grad, points, segment: torch.empty_like(points),
+    lambda impl: lambda grad, points, segment: torch.empty_like(points),
 )
 
 
-def _fake_raster_bce(points, pen_down, lengths, target, target_points, *rest):
-    need_grad = rest[-1]
-    return (
-        points.new_empty(points.shape[0], dtype=reference.compute_dtype(points.dtype)),
-        points.new_empty(
-            points.shape if need_grad else (0, *points.shape[1:]), dtype=reference.compute_dtype(points.dtype)
-        ),
-    )
+def _fake_raster_bce(impl: str):
+    def fake(points, *rest):
+        need_grad = rest[-1]
+        dtype = reference.compute_dtype(points.dtype)
+        return (
+            points.new_empty(points.shape[0], dtype=dtype),
+            points.new_empty(points.shape if need_grad else (0, *points.shape[1:]), dtype=dtype),
+        )
+
+    return fake
 
 
 def _setup_raster_bce(ctx: Any, inputs: tuple, output: tuple) -> None:
