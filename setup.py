@@ -135,4 +135,7 @@ class CMakeBuild(build_ext):
 
 
 # The extension stands for all targets; it makes setuptools tag the wheel with the platform.
-setup(ext_modules=[Extension("sketchfast._host", sources=[], optional=False)], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("sketchfast._host", sources=[], optional=False)],
+    cmdclass={"build_ext": CMakeBuild},
+)
