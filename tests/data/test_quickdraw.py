@@ -224,6 +224,28 @@ def test_ndjson_parsers_agree_on_odd_lines(line):
 
 
 @needs_host
+@pytest.mark.parametrize("pattern", ["fsf", "sff", "ffs", "fsbsf", "bfbsbf", "ssff"])
+def test_ndjson_lines_left_to_python_keep_their_place(pattern):
+    """f: read by the compiled parser; s: valid, but left to Python; b: broken."""
+    lines = {"f": '{"drawing":[[[%d],[1]]]}', "s": '{"drawing":[[[%de0],[1]]]}', "b": "broken %d"}
+    data = "\n".join(lines[kind] % i for i, kind in enumerate(pattern)).encode()
+    native = Q.parse_ndjson(data, impl="native")
+    np.testing.assert_array_equal(native.points[:, 0], [i for i, kind in enumerate(pattern) if kind != "b"])
+    assert_parsed_equal(native, Q.parse_ndjson(data, impl="python"))
+
+
+@needs_host
+@pytest.mark.parametrize(
+    "key", ["0", "18446744073709551615", "18446744073709551616", "9" * 19, "9" * 20, "1" * 25, "-1"]
+)
+def test_ndjson_parsers_agree_on_long_keys(key):
+    data = b'{"drawing":[[[1],[2]]],"key_id":"%b"}' % key.encode()
+    native = Q.parse_ndjson(data, impl="native")
+    assert native.key_ids[0] == (int(key) if 0 <= int(key) < 2**64 else 0)
+    assert_parsed_equal(native, Q.parse_ndjson(data, impl="python"))
+
+
+@needs_host
 @given(st.binary(max_size=200))
 @example(bin_record(CAT) + bin_record(DOG)[:-1])
 @example(struct.pack("<Q2sbIH", 1, b"DE", 1, 0, 65535) + struct.pack("<H", 65535))
