@@ -1,0 +1,72 @@
+"""Figures and a table from the JSON files of the benchmarks.
+
+    python benchmarks/plot.py benchmarks/results/cpu/*.json --out benchmarks/results/cpu
+
+Writes ratios.png (ours against every rival, targets marked) and README.md (the table, with date, versions,
+hardware and commit).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.conftest import format_table, read_results
+
+
+def plot_ratios(rows: list[dict], path: Path) -> None:
+    """Horizontal bars of the ratio to each rival, on a logarithmic axis; a tick marks the target."""
+    labels = [f"{row['group']}: {row['rival']}" for row in rows]
+    ratios = [row["ratio"] for row in rows]
+    figure, axes = plt.subplots(figsize=(9, 0.28 * len(rows) + 1.2), layout="constrained")
+    met = [row["target"] is None or row["ratio"] >= row["target"] for row in rows]
+    axes.barh(labels, ratios, color=["#4878a8" if ok else "#c05048" for ok in met])
+    for i, row in enumerate(rows):
+        if row["target"]:
+            axes.plot([row["target"]] * 2, [i - 0.45, i + 0.45], color="black", linewidth=2)
+        axes.text(ratios[i] * 1.05, i, f"{ratios[i]:.3g}x", va="center", fontsize=7)
+    axes.set_xscale("log")
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.tick_params(labelsize=7)
+    axes.set_xlabel("times faster than the rival (median against median); black: target")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def describe(about: dict) -> str:
+    """One line: date, commit, hardware, versions."""
+    processor = about.get("cpu", {}).get("brand_raw", about.get("processor", "unknown processor"))
+    where = about.get("gpu") or f"{processor}, {about.get('threads')} threads"
+    return (
+        f"{about['date']}, commit {about['commit'] or 'unknown'}, {where}, torch {about.get('torch')}, "
+        f"Python {about.get('python_version')}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("json", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    rows, lines = [], []
+    for path in arguments.json:
+        some, about = read_results(path)
+        rows += some
+        lines += [f"## {path.stem}", "", describe(about), "", format_table(some), ""]
+    if not rows:
+        sys.exit(f"no results in {', '.join(map(str, arguments.json))}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "README.md").write_text("# Benchmark results\n\n" + "\n".join(lines))
+    plot_ratios(rows, arguments.out / "ratios.png")
+
+
+if __name__ == "__main__":
+    main()
