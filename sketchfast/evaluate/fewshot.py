@@ -93,13 +93,17 @@ def few_shot_accuracy(
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     drawn = list(episodes_of(labels, way, shot, episodes, seed))
     if jobs == 1:
-        scores = [_episode_accuracy(vectors, episode) for episode in drawn]
+        from threadpoolctl import threadpool_limits
+
+        # the matrices are tiny: BLAS threads would only wait for each other
+        with threadpool_limits(1):
+            scores = _chunk_accuracies(vectors, drawn)
     else:
         from joblib import Parallel, delayed
 
         chunks = [drawn[start :: max(jobs, 1) * 4] for start in range(max(jobs, 1) * 4)]
         scored = Parallel(n_jobs=jobs)(delayed(_chunk_accuracies)(vectors, c) for c in chunks if c)
-        scores = np.sort(np.concatenate(scored))
+        scores = np.concatenate(scored)
     spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else math.nan
     return Accuracy(float(np.sort(scores).mean()), 1.96 * spread / math.sqrt(len(scores)), len(scores))
 
