@@ -270,6 +270,9 @@ class SketchEmbedNet(Method):
                 steps=4000,
                 batch_size=64,
                 learning_rate=2e-3,
+                # in a short run the pixel loss costs accuracy at first: it comes later and stays smaller
+                alpha_interval=400,
+                alpha_max=0.25,
                 max_length=40,
                 simplify_tolerance=0.02,
                 hidden_size=256,
@@ -615,6 +618,7 @@ def training_facts(method: SketchEmbedNet) -> str:
     names = (
         "batch_size",
         "learning_rate",
+        "alpha_max",
         "hidden_size",
         "hyper_size",
         "embed_size",
