@@ -563,7 +563,7 @@ def fewshot(
     Args:
         method, untrained: the trained network, and one of the same config with fresh weights.
         data: omniglot (its images, as in the paper), or any stroke data (its held-out classes, rendered).
-        episodes: per table row, the same for both networks; 600 take about a minute where the authors take 2000.
+        episodes: per table row, the same for both networks; 600 are a quick default, the authors take 2000.
         ways: classes of an episode; a number above the classes there are is left out, and the note says so.
         shots: labelled images of each class; the query is all its others.
         split: part of Omniglot's characters; the paper's is Vinyals', evaluation is the published one.
