@@ -92,7 +92,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def pictures(self, batch: Any, count: int = 8) -> dict[str, Tensor]:
-        """Sample pictures of a batch: caption -> images [n, H, W] in [0, 1], ink = 1; column i of each belong together."""
+        """Pictures of a batch: caption -> images [n, H, W] in [0, 1], ink = 1; the i-th of each match."""
         return {}
 
     def embed(self, images: Tensor) -> Tensor:

@@ -1,0 +1,234 @@
+"""The contract of an op, written once: choice of impl, registration, and the checks every op shares.
+
+An op module defines its schemas with `define`, its public function with the `check_*` functions and
+`choose_impl`, and then calls `torch.ops.sketchfast.<name>_<impl>`; the rest is here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..kernels import native
+
+IMPLS = ("auto", "native", "triton", "reference")
+
+#: What impl="auto" tries, in order. CPU is native wherever it was built. The CUDA order stands for every op
+#: that `PREFERENCE_OF_OP` does not name; an entry there is set from what the GPU benchmark showed.
+PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
+PREFERENCE_OF_OP: dict[tuple[str, str], tuple[str, ...]] = {}
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+_library = torch.library.Library("sketchfast", "FRAGMENT")
+
+
+# --- choice of impl ---------------------------------------------------------------------------------------
+
+
+@cache
+def _triton_unavailable_reason(device_type: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device_type == "cuda":
+        return None
+    if device_type != "cpu":
+        return f"no Triton kernels exist for device type {device_type!r}"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "on CPU tensors Triton runs only in its interpreter (set TRITON_INTERPRET=1 before the start)"
+    return None
+
+
+def unavailable_reason(impl: str, device_type: str) -> str | None:
+    """None where `impl` can run on this device type, else why it cannot."""
+    if impl == "reference":
+        return None
+    if impl == "triton":
+        return _triton_unavailable_reason(device_type)
+    return native.unavailable_reason(device_type)
+
+
+def preference(op: str, device_type: str) -> tuple[str, ...]:
+    """The impls that impl="auto" tries for this op on this device type, in order."""
+    return PREFERENCE_OF_OP.get((op, device_type), PREFERENCE.get(device_type, ("reference",)))
+
+
+@cache
+def _warn_of_slow_path(op: str, device_type: str, reason: str) -> None:
+    warnings.warn(
+        f"sketchfast: {op} takes the slow reference implementation on {device_type}: {reason}", stacklevel=5
+    )
+
+
+def choose_impl(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str:
+    """The impl that serves this call: "native", "triton" or "reference".
+
+    "auto" takes the first of the device's preferences that can run. An explicit impl that cannot run raises
+    RuntimeError with the reason; it never falls back.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    if impl != "auto":
+        reason = unavailable_reason(impl, device_type) or _dtype_reason(impl, device_type, dtype)
+        if reason is not None:
+            raise RuntimeError(f"impl={impl!r} of {op} cannot run on {device_type}: {reason}")
+        return impl
+    missing = []
+    for candidate in preference(op, device_type):
+        reason = unavailable_reason(candidate, device_type)
+        if reason is None and _dtype_reason(candidate, device_type, dtype) is None:
+            if candidate == "reference" and missing:
+                _warn_of_slow_path(op, device_type, "; ".join(missing))
+            return candidate
+        if reason is not None:
+            missing.append(f"{candidate}: {reason}")
+    raise AssertionError("reference always runs")
+
+
+# What torch.compiler.assume_constant_result sets; that function would import torch._dynamo, which takes as
+# long as the rest of torch. The arguments are constants of the trace, so the choice is one too.
+choose_impl._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _dtype_reason(impl: str, device_type: str, dtype: torch.dtype) -> str | None:
+    if dtype is not torch.float64 or impl == "reference" or (impl, device_type) == ("native", "cpu"):
+        return None
+    return "float64 is computed by impl='reference' and, on CPU, impl='native' only"
+
+
+# --- registration -----------------------------------------------------------------------------------------
+
+
+def define(
+    module: str,
+    name: str,
+    signature: str,
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[[str], Callable[..., Any]] | None = None,
+) -> None:
+    """Registers the ops `sketchfast::<name>_native` and `sketchfast::<name>_triton`.
+
+    Native kernels attach themselves when their library is loaded; the Triton one is `<name>` of
+    `sketchfast.kernels.triton.<module>`, imported at its first call. `backward(impl)` gives the backward
+    formula of that impl; it is once differentiable. Without one, the op is an end of differentiation.
+    """
+    for impl in ("native", "triton"):
+        qualified = f"sketchfast::{name}_{impl}"
+        _library.define(f"{name}_{impl}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(qualified, fake, lib=_library)
+        if backward is not None:
+            torch.library.register_autograd(
+                qualified, once_differentiable(backward(impl)), setup_context=setup_context, lib=_library
+            )
+    launcher = _lazy_triton(module, name)
+    _library.impl(f"{name}_triton", launcher, "CUDA")
+    _library.impl(f"{name}_triton", launcher, "CPU")
+
+
+def _lazy_triton(module: str, name: str) -> Callable[..., Any]:
+    def launch(*args: Any) -> Any:
+        return getattr(import_module(f"sketchfast.kernels.triton.{module}"), name)(*args)
+
+    return launch
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The identity, whose backward cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def once(x: Tensor) -> Tensor:
+    """x, through which one backward passes but not a second: gives the reference the contract of the ops."""
+    if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _OnceDifferentiable.apply(x)
+    return x
+
+
+# --- checks -----------------------------------------------------------------------------------------------
+
+
+def describe(value: Any) -> str:
+    """A value as error messages show it: a tensor by dtype, shape and device."""
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"a {dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    return repr(value)
+
+
+def check_tensor(
+    name: str,
+    value: Any,
+    shape: tuple[int | str, ...],
+    dtypes: tuple[torch.dtype, ...],
+    like: Tensor | None = None,
+) -> Tensor:
+    """`value`, or TypeError (no tensor, wrong dtype) or ValueError (shape, device) that names the argument.
+
+    A string in `shape` stands for any size and is what the message calls it. `like` gives the device.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {value!r} of type {type(value).__name__}")
+    if value.dtype not in dtypes:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be a tensor of dtype {allowed}, got {describe(value)}")
+    fits = value.dim() == len(shape) and all(
+        isinstance(want, str) or want == have for want, have in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(str(size) for size in shape)
+        raise ValueError(f"{name} must have shape [{wanted}], got {describe(value)}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} as the first argument is, got {describe(value)}")
+    return value
+
+
+def check_number(
+    name: str, value: Any, *, above: float | None = None, at_least: float | None = None
+) -> float:
+    """`value` as a float, or TypeError (no number) or ValueError (not finite, out of range)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {describe(value)} of type {type(value).__name__}")
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    if above is not None and not value > above:
+        raise ValueError(f"{name} must be greater than {above:g}, got {value!r}")
+    if at_least is not None and not value >= at_least:
+        raise ValueError(f"{name} must be at least {at_least:g}, got {value!r}")
+    return float(value)
+
+
+def check_integer(name: str, value: Any, at_least: int) -> int:
+    """`value`, or TypeError (no integer) or ValueError (below `at_least`)."""
+    if isinstance(value, (bool, float, str)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {describe(value)} of type {type(value).__name__}")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value!r}")
+    return value
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """ValueError that names the first non-finite element; reads the values, so it waits for a GPU."""
+    bad = ~torch.isfinite(value)
+    if bool(bad.any()):
+        where = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"{name} must be finite, got {value[where].item()} at index {where}")
