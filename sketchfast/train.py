@@ -16,26 +16,18 @@ states are in the checkpoint. So a resumed run repeats an uninterrupted one bit 
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-import json
 import math
 import os
-import platform
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
-import typing
 import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,11 +37,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from . import __version__
 from .methods import Method, get_method
 from .methods.base import DataSpec, TrainConfig
+from .runs import (
+    CHECKPOINT_FORMAT,
+    MetricsFile,
+    config_to_json,
+    git_revision,
+    list_checkpoints,
+    newest_checkpoint,
+    save_checkpoint,
+    update_results,
+    versions,
+    write_json,
+    write_whole,
+)
 
-CHECKPOINT_FORMAT = 1
 _QUIET_SECONDS = 15.0
 """how often a run without a terminal prints a line"""
 
@@ -95,15 +98,15 @@ class RunOptions:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDivergedError(RuntimeError):
     """The loss or its gradient was not finite for too many steps in a row."""
 
 
-class TrainingInterrupted(RuntimeError):
+class TrainingInterruptedError(RuntimeError):
     """A signal asked training to stop; a checkpoint of the last whole step was written."""
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rows over ranks
 
 
@@ -139,7 +142,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     return _GatherRows.apply(rows)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Random numbers
 
 
@@ -191,16 +194,16 @@ def _own_rng(*entropy: int, device: torch.device | None = None) -> Iterator[None
         random.setstate(kept[0])
         np.random.set_state(kept[1])
         torch.set_rng_state(kept[2])
-        if cuda is not None:
+        if cuda is not None and device is not None:
             torch.cuda.set_rng_state(cuda, device)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Data order
 
 
 class BatchOrder:
-    """Which samples make batch `step`: a fresh shuffle each epoch by (seed, epoch), the last part batch dropped.
+    """Which samples make batch `step`: a shuffle each epoch by (seed, epoch), the last part batch dropped.
 
     Being a function of the step, it has no state: the data position in a checkpoint is the step.
     """
@@ -243,260 +246,12 @@ class _RankBatches(Dataset):
             return ready_made(mine) if ready_made else default_collate([self.samples[i] for i in mine])
 
 
-# --------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def _require_plain(value: Any, path: str = "state") -> None:
-    """TypeError unless `torch.load(weights_only=True)` will read `value` back."""
-    if (
-        value is None
-        or isinstance(value, (bool, int, float, str, Tensor))
-        and not isinstance(value, np.generic)
-    ):
-        return
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            _require_plain(item, f"{path}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            _require_plain(item, f"{path}[{i}]")
-    else:
-        raise TypeError(
-            f"{path} must be a tensor or a plain value to be checkpointed, got {type(value).__name__}"
-        )
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename is on disk once its folder is (POSIX); elsewhere there is nothing to call."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _write_whole(path: Path, write: Callable[[typing.BinaryIO], None]) -> None:
-    """Write a file under a temporary name, sync it, rename it: whoever looks sees the old or the new, whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all; a NaN becomes null, as JSON has none."""
-
-    def finite(item: Any) -> Any:
-        if isinstance(item, float) and not math.isfinite(item):
-            return None
-        if isinstance(item, Mapping):
-            return {str(k): finite(v) for k, v in item.items()}
-        if isinstance(item, (list, tuple)):
-            return [finite(v) for v in item]
-        if isinstance(item, np.generic):
-            return finite(item.item())
-        return str(item) if isinstance(item, Path) else item
-
-    text = json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
-    _write_whole(path, lambda file: file.write(text.encode()) and None)
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first."""
-    return sorted(folder.glob("step-*.pt"))
-
-
-def save_checkpoint(state: Mapping[str, Any], folder: Path, keep: int) -> Path:
-    """Write `state` (with its "step") as `folder/step-NNNNNNNNN.pt`, then drop all but the newest `keep`."""
-    _require_plain(state)
-    path = folder / f"step-{state['step']:09d}.pt"
-    _write_whole(path, lambda file: torch.save(state, file))
-    for old in list_checkpoints(folder)[:-keep]:
-        old.unlink()
-    return path
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint, on CPU; ValueError where the file is damaged or of another kind."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-            raise ValueError(f"not a sketchfast checkpoint of format {CHECKPOINT_FORMAT}")
-    except Exception as error:  # damage surfaces as any of a dozen types
-        raise ValueError(f"{path}: {error}") from error
-    return state
-
-
-def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that can be read, None where there are none.
-
-    A damaged one is passed over with a warning that names it; ValueError where all are damaged.
-    """
-    paths = list_checkpoints(folder)
-    for path in reversed(paths):
-        try:
-            return path, read_checkpoint(path)
-        except ValueError as error:
-            warnings.warn(f"checkpoint passed over, it is damaged: {error}", RuntimeWarning, stacklevel=2)
-    if paths:
-        raise ValueError(f"{folder}: none of the {len(paths)} checkpoints can be read")
-    return None
-
-
-# --------------------------------------------------------------------------------------------------------------
-# The run folder
-
-
-def config_to_json(config: TrainConfig) -> dict[str, Any]:
-    """The config's fields as JSON holds them (tuples as lists, paths as text)."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [plain(v) for v in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
-
-
-def config_from_json(config_type: type[TrainConfig], values: Mapping[str, Any]) -> TrainConfig:
-    """The config that `config_to_json` wrote; ValueError names fields this version does not know."""
-    hints = typing.get_type_hints(config_type)
-    unknown = sorted(set(values) - {field.name for field in dataclasses.fields(config_type)})
-    if unknown:
-        raise ValueError(f"config has fields that {config_type.__name__} does not know: {', '.join(unknown)}")
-
-    def typed(name: str, value: Any) -> Any:
-        kinds = (typing.get_origin(hints[name]), *typing.get_args(hints[name]), hints[name])
-        if isinstance(value, list):
-            return tuple(value) if tuple in kinds else value
-        return Path(value) if isinstance(value, str) and Path in kinds else value
-
-    return config_type(**{name: typed(name, value) for name, value in values.items()})
-
-
-def read_run(run: Path) -> dict[str, Any]:
-    """What a run folder's config.json says; ValueError where `run` is not a run folder."""
-    path = run / "config.json"
-    try:
-        settings = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(
-            f"{run} is not a run folder: it must hold config.json and checkpoints/, as `sketchfast train` writes"
-        ) from None
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(settings, dict) or not {"method", "config", "data", "run"} <= settings.keys():
-        raise ValueError(
-            f"{path} is not what `sketchfast train` writes: method, config, data or run is missing"
-        )
-    return settings
-
-
-def load_method(run: Path) -> tuple[Method, int]:
-    """The method of a run folder with its newest checkpoint's weights, in evaluation mode, and the step."""
-    settings = read_run(run)
-    found = newest_checkpoint(run / "checkpoints")
-    if found is None:
-        raise ValueError(f"{run} holds no checkpoint: it was stopped before the first one")
-    kind = get_method(settings["method"])
-    method = kind(config_from_json(kind.Config, settings["config"]))
-    method.load_state_dict(found[1]["model"])
-    return method.eval(), found[1]["step"]
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    found = {"sketchfast": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    for package in ("torch", "lightning", "numpy", "torchvision", "scikit-learn", "triton"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    if torch.cuda.is_available():
-        found["cuda"] = str(torch.version.cuda)
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
-
-
-def git_revision() -> str | None:
-    """The revision of the source tree this package runs from, `-dirty` where it was changed; None without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-class MetricsFile:
-    """metrics.csv: one row a logged step, floats written in full.
-
-    Fabric's own CSV logger deletes the file it finds, and with it the curve of the run to be resumed.
-    """
-
-    def __init__(self, path: Path, keep_to_step: int) -> None:
-        self.path = path
-        self.columns: list[str] = ["step"]
-        rows = self._read(keep_to_step)
-        self._rewrite(rows)
-
-    def _read(self, keep_to_step: int) -> list[dict[str, str]]:
-        """Rows up to the checkpoint's step: later ones will be written again, a half-written one too."""
-        if not self.path.exists() or keep_to_step == 0:
-            return []
-        with open(self.path, newline="") as file:
-            reader = csv.DictReader(file)
-            self.columns = list(reader.fieldnames or ["step"])
-            return [
-                row for row in reader if (row["step"] or "").isdigit() and int(row["step"]) <= keep_to_step
-            ]
-
-    def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        _write_whole(self.path, lambda file: file.write(text.getvalue().encode()) and None)
-        self._file = open(self.path, "a", newline="")  # noqa: SIM115 (kept open for the run)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a row; a metric not seen before adds a column."""
-        new = [name for name in values if name not in self.columns]
-        if new:
-            self._file.close()
-            rows = self._read(step)
-            self.columns += new
-            self._rewrite(rows)
-        row = {"step": step, **{name: repr(float(value)) for name, value in values.items()}}
-        csv.DictWriter(self._file, self.columns, restval="", lineterminator="\n").writerow(row)
-        self._file.flush()
-
-    def sync(self) -> None:
-        """Put the rows on disk, before a checkpoint says that they are there."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures
 
 
 def picture_grid(pictures: Mapping[str, Tensor], least_side: int = 84) -> np.ndarray:
-    """One uint8 image [H, W, 3] of captioned rows: ink images [n, H, W] black on white, colour [n, 3, H, W] as is."""
+    """One uint8 image [H, W, 3] of captioned rows: ink [n, H, W] dark on white, colour [n, 3, H, W] as is."""
     from PIL import Image, ImageDraw
 
     gap, caption = 6, 16
@@ -517,7 +272,7 @@ def picture_grid(pictures: Mapping[str, Tensor], least_side: int = 84) -> np.nda
     )
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Progress
 
 
@@ -581,7 +336,7 @@ class _StopSignals(AbstractContextManager["_StopSignals"]):
             signal.signal(number, handler)
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loop
 
 
@@ -610,8 +365,9 @@ def train(
 
     Under torchrun each process calls this with the same arguments. ValueError for an unknown method, a folder
     that already holds a run (or, to resume, holds none or another), data too small for the batch, or a batch
-    that does not split equally over the ranks. TrainingDiverged after `options.max_skipped` non-finite steps
-    in a row, TrainingInterrupted once SIGINT or SIGTERM was heeded and a checkpoint written.
+    that does not split equally over the ranks. TrainingDivergedError after `options.max_skipped` steps in a
+    row with a non-finite loss or gradient, TrainingInterruptedError once SIGINT or SIGTERM was heeded and a
+    checkpoint written.
     """
     kind = get_method(name)
     if config.steps < 1:
@@ -640,7 +396,7 @@ def _check_folder(options: RunOptions) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _launch(options: RunOptions, purge_step: int | None) -> Any:
-    """A Fabric over the processes torchrun started, or over this one; TensorBoard hides rows from `purge_step` on."""
+    """Fabric over torchrun's processes, or this one; TensorBoard hides what it has from `purge_step` on."""
     from lightning.fabric import Fabric
     from lightning.fabric.loggers import TensorBoardLogger
 
@@ -676,7 +432,8 @@ class _Loop:
         self.method = kind(config)
         samples = self.method.train_data(data)
         self.samples = len(samples)  # type: ignore[arg-type]
-        self.skipped_files: int | None = getattr(samples, "skipped", None)
+        skipped = getattr(samples, "skipped", None)  # a count, or counts by reason
+        self.skipped_files: int | None = sum(skipped.values()) if isinstance(skipped, Mapping) else skipped
         order = BatchOrder(self.samples, config.batch_size, options.seed)
         self.batches = _RankBatches(samples, order, fabric.global_rank, fabric.world_size)
         self.settings = {
@@ -805,7 +562,7 @@ class _Loop:
             yield self.fabric.to_device(batch)
 
     def _step(self, batch: Any, stop: bool) -> bool:
-        """One optimiser step, skipped where loss or gradient is not finite; True where a rank was told to stop."""
+        """One optimiser step, skipped where loss or gradient is not finite; True if any rank is to stop."""
         buffers = [buffer.clone() for buffer in self.method.buffers()]
         self.optimizer.zero_grad(set_to_none=True)
         losses = self.module.loss(batch, self.step)
@@ -857,7 +614,7 @@ class _Loop:
         if self.step % options.log_every == 0 or self.step == 1 or done:
             self._log()
         if self.skipped_in_a_row >= options.max_skipped:
-            raise TrainingDiverged(
+            raise TrainingDivergedError(
                 f"training stopped at step {self.step}: loss or gradient was not finite for "
                 f"{self.skipped_in_a_row} steps in a row (loss {self.last['loss']}, gradient norm "
                 f"{self.last['grad_norm']}); a lower learning rate or gradient clipping may help"
@@ -867,7 +624,9 @@ class _Loop:
         if self.step % options.checkpoint_every == 0 or done or stop:
             self._save()
         if stop and not done:
-            raise TrainingInterrupted(f"stopped at step {self.step}, checkpoint written; --resume goes on")
+            raise TrainingInterruptedError(
+                f"stopped at step {self.step}, checkpoint written; --resume goes on"
+            )
 
     # what is written -------------------------------------------------------------------------------------
 
@@ -913,7 +672,7 @@ class _Loop:
 
         grid = picture_grid(pictures)
         path = self.options.out / "pictures" / f"step-{self.step:09d}.png"
-        _write_whole(path, lambda file: Image.fromarray(grid).save(file, format="png"))
+        write_whole(path, lambda file: Image.fromarray(grid).save(file, format="png"))
         self.fabric.logger.experiment.add_image("samples", grid, self.step, dataformats="HWC")
 
     def _save(self) -> None:
@@ -922,13 +681,3 @@ class _Loop:
             self.metrics.sync()
             save_checkpoint(state, self.options.out / "checkpoints", self.options.keep)
         self.fabric.barrier()
-
-
-def update_results(run: Path, key: str, value: Any) -> None:
-    """Set one entry of a run folder's results.json."""
-    path = run / "results.json"
-    try:
-        results = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        results = {}
-    write_json(path, {**results, key: value})

@@ -1,4 +1,4 @@
-"""A method small enough to train in a test, with everything the loop must carry: noise, batch statistics, a schedule."""
+"""A method that trains in a moment, with all the loop must carry: noise, batch statistics, a schedule."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ class ToyConfig(TrainConfig):
     """take the loss over the global batch"""
     batch_norm: bool = True
     """batch normalisation"""
+    adam: bool = True
+    """Adam, else plain gradient descent, which does not blow up rounding"""
 
 
 class ToyData(torch.utils.data.Dataset):
@@ -88,7 +90,8 @@ class Toy(Method):
         return {"loss": loss, "error": error.abs().mean()}
 
     def optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.config.learning_rate)
+        kind = torch.optim.Adam if self.config.adam else torch.optim.SGD
+        optimizer = kind(self.parameters(), lr=self.config.learning_rate)
         return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
 
     def pictures(self, batch: dict[str, Tensor], count: int = 8) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from .base import DataSpec, Method, Table, TrainConfig
+from .base import Method
 
 METHODS = {"sketchembednet": "SketchEmbedNet"}
 
