@@ -83,7 +83,7 @@ def choose_impl(op: str, impl: str, device_type: str, dtype: torch.dtype) -> str
         if reason is not None:
             raise RuntimeError(f"impl={impl!r} of {op} cannot run on {device_type}: {reason}")
         return impl
-    missing = []
+    missing: list[str] = []
     for candidate in preference(op, device_type):
         reason = unavailable_reason(candidate, device_type)
         if reason is None and _dtype_reason(candidate, device_type, dtype) is None:
@@ -113,7 +113,7 @@ def define(
     module: str,
     name: str,
     signature: str,
-    fake: Callable[..., Any],
+    fake: Callable[[str], Callable[..., Any]],
     *,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[[str], Callable[..., Any]] | None = None,
@@ -121,13 +121,14 @@ def define(
     """Registers the ops `sketchfast::<name>_native` and `sketchfast::<name>_triton`.
 
     Native kernels attach themselves when their library is loaded; the Triton one is `<name>` of
-    `sketchfast.kernels.triton.<module>`, imported at its first call. `backward(impl)` gives the backward
-    formula of that impl; it is once differentiable. Without one, the op is an end of differentiation.
+    `sketchfast.kernels.triton.<module>`, imported at its first call. `fake(impl)` and `backward(impl)` give
+    the fake and the backward formula of that impl; the formula is once differentiable. Without one, the op is
+    an end of differentiation.
     """
     for impl in ("native", "triton"):
         qualified = f"sketchfast::{name}_{impl}"
         _library.define(f"{name}_{impl}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(qualified, fake, lib=_library)
+        torch.library.register_fake(qualified, fake(impl), lib=_library)
         if backward is not None:
             torch.library.register_autograd(
                 qualified, once_differentiable(backward(impl)), setup_context=setup_context, lib=_library

@@ -28,14 +28,18 @@ def _segment_dtype(points: Tensor) -> torch.dtype:
     return torch.int16 if points.shape[1] <= 2**15 else torch.int32
 
 
-def _fake_raster_fwd(
-    points, pen_down, lengths, height, width, sharpness, offset, blur_sigma, blur_taps, dtype, save
-):
-    shape = (points.shape[0], height, width)
-    return (
-        points.new_empty(shape, dtype=dtype),
-        points.new_empty(shape if save else (0, height, width), dtype=_segment_dtype(points)),
-    )
+def _fake_raster_fwd(impl: str):
+    def fake(points, pen_down, lengths, height, width, *rest):
+        dtype, save = rest[-2:]
+        shape, none = (points.shape[0], height, width), (0, height, width)
+        keeps_ink = save and impl == "native" and points.device.type == "cpu"
+        return (
+            points.new_empty(shape, dtype=dtype),
+            points.new_empty(shape if save else none, dtype=_segment_dtype(points)),
+            points.new_empty(shape if keeps_ink else none, dtype=reference.compute_dtype(points.dtype)),
+        )
+
+    return fake
 
 
 def _setup_raster(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -43,27 +47,29 @@ def _setup_raster(ctx: Any, inputs: tuple, output: tuple) -> None:
     if not save:
         raise RuntimeError("raster_fwd was called with save=False on points that require a gradient")
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(points, pen_down, lengths, output[1])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(points, pen_down, lengths, *output[1:])
     ctx.scalars = scalars
 
 
 def _backward_raster(impl: str):
-    def backward(ctx: Any, grad: Tensor | None, _segment: None):
+    def backward(ctx: Any, grad: Tensor | None, _segment: None, _ink: None):
         if grad is None:
             return (None,) * 11
-        points, pen_down, lengths, segment = ctx.saved_tensors
         op = getattr(torch.ops.sketchfast, f"raster_bwd_{impl}")
-        return op(grad.contiguous(), points, pen_down, lengths, segment, *ctx.scalars), *(None,) * 10
+        return op(grad.contiguous(), *ctx.saved_tensors, *ctx.scalars), *(None,) * 10
 
     return backward
 
 
+# Beside the image, for backward: the nearest segment of each pixel and, from native on CPU, its ink before
+# the blur. The GPU kernels form that again from the segment, which costs less than the memory traffic.
 contract.define(
     "raster",
     "raster_fwd",
     "(Tensor points, Tensor pen_down, Tensor? lengths, SymInt height, SymInt width, float sharpness,"
-    " float offset, float blur_sigma, SymInt blur_taps, ScalarType dtype, bool save) -> (Tensor, Tensor)",
+    " float offset, float blur_sigma, SymInt blur_taps, ScalarType dtype, bool save)"
+    " -> (Tensor image, Tensor segment, Tensor ink)",
     _fake_raster_fwd,
     setup_context=_setup_raster,
     backward=_backward_raster,
@@ -71,18 +77,21 @@ contract.define(
 contract.define(
     "raster",
     "raster_bwd",
-    "(Tensor grad, Tensor points, Tensor pen_down, Tensor? lengths, Tensor segment, float sharpness,"
-    " float offset, float blur_sigma, SymInt blur_taps) -> Tensor",
-    lambda grad, points, *_: torch.empty_like(points),
+    "(Tensor grad, Tensor points, Tensor pen_down, Tensor? lengths, Tensor segment, Tensor ink,"
+    " float sharpness, float offset, float blur_sigma, SymInt blur_taps) -> Tensor",
+    lambda impl: lambda grad, points, *_: torch.empty_like(points),
 )
 
 
-def _fake_stroke_distance_fwd(points, pen_down, lengths, height, width):
-    shape = (points.shape[0], height, width)
-    return (
-        points.new_empty(shape, dtype=reference.compute_dtype(points.dtype)),
-        points.new_empty(shape, dtype=torch.int32),
-    )
+def _fake_stroke_distance_fwd(impl: str):
+    def fake(points, pen_down, lengths, height, width):
+        shape = (points.shape[0], height, width)
+        return (
+            points.new_empty(shape, dtype=reference.compute_dtype(points.dtype)),
+            points.new_empty(shape, dtype=torch.int32),
+        )
+
+    return fake
 
 
 def _setup_stroke_distance(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -114,18 +123,20 @@ contract.define(
     "raster",
     "stroke_distance_bwd",
     "(Tensor grad, Tensor points, Tensor segment) -> Tensor",
-    lambda grad, points, segment: torch.empty_like(points),
+    lambda impl: lambda grad, points, segment: torch.empty_like(points),
 )
 
 
-def _fake_raster_bce(points, pen_down, lengths, target, target_points, *rest):
-    need_grad = rest[-1]
-    return (
-        points.new_empty(points.shape[0], dtype=reference.compute_dtype(points.dtype)),
-        points.new_empty(
-            points.shape if need_grad else (0, *points.shape[1:]), dtype=reference.compute_dtype(points.dtype)
-        ),
-    )
+def _fake_raster_bce(impl: str):
+    def fake(points, *rest):
+        need_grad = rest[-1]
+        dtype = reference.compute_dtype(points.dtype)
+        return (
+            points.new_empty(points.shape[0], dtype=dtype),
+            points.new_empty(points.shape if need_grad else (0, *points.shape[1:]), dtype=dtype),
+        )
+
+    return fake
 
 
 def _setup_raster_bce(ctx: Any, inputs: tuple, output: tuple) -> None:
