@@ -569,7 +569,9 @@ class _Loop:
         self.fabric.backward(losses["loss"])
         gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        metrics = torch.stack([value.detach().float() for value in (*losses.values(), norm)])
+        metrics = torch.stack(
+            [value.detach().to(self.device, torch.float32) for value in (*losses.values(), norm)]
+        )
         values = dict(zip((*losses, "grad_norm"), metrics.tolist(), strict=True))
         bad, stop = self._any_rank(
             not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])), stop
