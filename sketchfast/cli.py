@@ -150,7 +150,7 @@ def train_command(args: Sequence[str]) -> int:
     prog = "sketchfast train"
     if not args or args[0] in ("-h", "--help"):
         print(
-            f"usage: {prog} METHOD [--preset paper|small|tiny] [--data NAME] [--root PATH] --out DIR [flags]\n\n"
+            f"usage: {prog} METHOD --out DIR [--preset P] [--data NAME] [--root PATH] [flags]\n\n"
             f"methods: {', '.join(sorted(METHODS))}\n\n`{prog} METHOD --help` lists the method's flags."
         )
         return 0
@@ -291,7 +291,7 @@ def _keyword_flags(function: Callable[..., Any]) -> type:
     fields: list[Any] = []
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
-            flag = typing.Annotated[hints[name], tyro.conf.arg(help=text.get(name))]
+            flag = typing.Annotated[hints[name], tyro.conf.arg(help=text.get(name))]  # type: ignore[valid-type]
             fields.append((name, flag, dataclasses.field(default=parameter.default)))
     return dataclasses.make_dataclass("Protocol", fields, frozen=True)
 
@@ -407,7 +407,7 @@ def embed_command(args: Sequence[str]) -> int:
     from .runs import load_method
 
     prog = "sketchfast embed"
-    words = [word for word in _leading_words(args)]
+    words = _leading_words(args)
     if len(words) < 2 and not _wants_help(args):
         raise UsageError(f"RUN or IMAGES is missing; usage: {prog} RUN IMAGES... [flags]")
     defaults = {"embed": EmbedOptions(), "device": DeviceOptions()}
@@ -550,7 +550,7 @@ def _choice(op: str, device: str) -> str:
     """The impl that auto takes, and why none before it."""
     from .ops._contract import preference, unavailable_reason
 
-    passed = []
+    passed: list[str] = []
     for impl in preference(op, device):
         reason = unavailable_reason(impl, device)
         if reason is None:

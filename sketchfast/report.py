@@ -14,115 +14,7 @@ from typing import Any
 
 import numpy as np
 
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-:root { --ink: #1d2330; --soft: #667085; --line: #e4e7ec; --paper: #fff; --back: #f5f6f8; --mark: #3056d3; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8eaf0; --soft: #98a2b3; --line: #344054; --paper: #1c212b; --back: #12151b; --mark: #8ea8ff; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink); line-height: 1.5;
-       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 2rem 1rem 4rem; }
-h1 { font-size: 1.9rem; margin: 0 0 .25rem; letter-spacing: -.02em; }
-h2 { font-size: 1.15rem; margin: 0 0 .75rem; }
-h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; }
-p { margin: .25rem 0 .75rem; }
-.soft { color: var(--soft); }
-section { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; padding: 1.25rem;
-          margin-top: 1.25rem; }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: .75rem; margin-top: 1.25rem; }
-.fact { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; padding: .75rem 1rem; }
-.fact b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-.fact span { color: var(--soft); font-size: .85rem; }
-img { max-width: 100%; height: auto; border-radius: 6px; display: block; background: #fff; }
-figure { margin: 0 0 1rem; }
-figcaption { color: var(--soft); font-size: .85rem; margin-top: .35rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .93rem; font-variant-numeric: tabular-nums; }
-th { text-align: left; color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
-th, td { padding: .4rem .8rem .4rem 0; vertical-align: top; }
-td { border-bottom: 1px solid var(--line); }
-td.number, th.number { text-align: right; }
-details summary { cursor: pointer; font-weight: 600; }
-details[open] summary { margin-bottom: .75rem; }
-code { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .88em; overflow-wrap: anywhere; }
-.warn { color: #b54708; }
-@media (prefers-color-scheme: dark) { .warn { color: #fdb022; } }
-</style>
-</head>
-<body>
-<main>
-<h1>{{ title }}</h1>
-<p class="soft">{{ subtitle }}</p>
-<div class="facts">
-{% for value, label, warn in facts %}
-  <div class="fact"><b{% if warn %} class="warn"{% endif %}>{{ value }}</b><span>{{ label }}</span></div>
-{% endfor %}
-</div>
-
-{% for evaluation in evaluations %}
-<section>
-<h2>Evaluation: {{ evaluation.name }}</h2>
-<p class="soft">{{ evaluation.about }}</p>
-{% for table in evaluation.tables %}
-<h3>{{ table.title }}</h3>
-<div class="scroll"><table>
-<thead><tr>{% for column in table.columns %}<th{% if column in table.numeric %} class="number"{% endif %}>{{ column }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in table.rows %}
-<tr>{% for column, cell in row %}<td{% if column in table.numeric %} class="number"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody></table></div>
-{% if table.note %}<p class="soft">{{ table.note }}</p>{% endif %}
-{% endfor %}
-</section>
-{% endfor %}
-
-{% if pictures %}
-<section>
-<h2>Samples</h2>
-{% for step, image in pictures[-1:] %}
-<figure><img src="{{ image }}" alt="sample pictures after step {{ step }}"><figcaption>after step {{ step }};
-each column belongs together</figcaption></figure>
-{% endfor %}
-{% if pictures[:-1] %}
-<details><summary>The same samples earlier in training</summary>
-{% for step, image in pictures[:-1] %}
-<figure><img src="{{ image }}" alt="sample pictures after step {{ step }}"><figcaption>after step {{ step }}</figcaption></figure>
-{% endfor %}
-</details>
-{% endif %}
-</section>
-{% endif %}
-
-{% if curves %}
-<section>
-<h2>Curves</h2>
-<img src="{{ curves }}" alt="loss curves">
-<p class="soft">Pale: as logged. Strong: moving average.</p>
-</section>
-{% endif %}
-
-<section>
-<h2>Settings</h2>
-{% for heading, rows, open in settings %}
-<details{% if open %} open{% endif %}><summary>{{ heading }}</summary>
-<div class="scroll"><table><tbody>
-{% for key, value in rows %}<tr><td>{{ key }}</td><td><code>{{ value }}</code></td></tr>{% endfor %}
-</tbody></table></div>
-</details>
-{% endfor %}
-</section>
-</main>
-</body>
-</html>
-"""
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
 def write_report(run: Path) -> Path:
@@ -139,7 +31,8 @@ def write_report(run: Path) -> Path:
     results = _read_json(run / "results.json")
     steps, metrics = read_metrics(run / "metrics.csv")
     training = results.get("training", {})
-    html = Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE).render(
+    template = Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE.read_text("utf-8"))
+    html = template.render(
         title=f"{settings['method']} on {settings['data']['name']}",
         subtitle=f"preset {settings['preset']}, seed {settings['run']['seed']}, run folder {run.name}, "
         f"report of {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
@@ -147,8 +40,8 @@ def write_report(run: Path) -> Path:
         evaluations=[_evaluation(name, value) for name, value in results.get("evaluations", {}).items()],
         pictures=[(int(p.stem.split("-")[-1]), _data_url(p.read_bytes())) for p in _chosen_pictures(run)],
         curves=_data_url(plot_curves(steps, metrics)) if len(steps) else None,
-        settings=_settings(settings, training),
-    )  # fmt: skip
+        settings=_settings(settings),
+    )
     path = run / "report.html"
     temporary = path.with_name("report.html.tmp")
     temporary.write_text(html, encoding="utf-8")
@@ -157,7 +50,7 @@ def write_report(run: Path) -> Path:
 
 
 def read_metrics(path: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Steps [n] and each metric [n] of a metrics.csv, NaN where a row has none; empty where there is no file."""
+    """Steps [n] and each metric [n] of a metrics.csv, NaN where a row has none; empty without a file."""
     if not path.exists():
         return np.zeros(0), {}
     with open(path, newline="") as file:
@@ -257,7 +150,7 @@ def format_cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _settings(settings: Mapping[str, Any], training: Mapping[str, Any]) -> list[tuple[str, list, bool]]:
+def _settings(settings: Mapping[str, Any]) -> list[tuple[str, list, bool]]:
     run = {**settings["run"], "world_size": settings.get("world_size"), "git revision": settings.get("git")}
     return [
         ("Method", list(settings["config"].items()), True),
@@ -269,9 +162,9 @@ def _settings(settings: Mapping[str, Any], training: Mapping[str, Any]) -> list[
 def _duration(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     minutes, seconds = divmod(rest, 60)
-    return (
-        f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-    )
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def _data_url(png: bytes) -> str:

@@ -109,7 +109,7 @@ def _protocol(method: Method, untrained: Method, data: DataSpec, *, episodes: in
         episodes: how many
     """
     rows = [
-        {"encoder": name, "weight": float(m.head.weight.abs().sum()), "episodes": episodes}  # type: ignore[union-attr, operator]
+        {"encoder": name, "weight": float(m.head.weight.detach().abs().sum()), "episodes": episodes}  # type: ignore[union-attr, operator]
         for name, m in (("trained", method), ("untrained", untrained))
     ]
     return [Table("toy", rows, note=f"data {data.name}")]
