@@ -1,0 +1,600 @@
+"""SketchEmbedNet: image representations learned by drawing what is seen.
+
+Wang, Ren, Zemel: "SketchEmbedNet: Learning Novel Concepts by Imitating Drawings", ICML 2021
+(arXiv 2009.04806). A convolutional encoder gives a Gaussian code z of an image; a HyperLSTM decodes it, point
+by point, as pen strokes. No class label is used. Where paper and authors' code differ, a field of the config
+says which is the default here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .. import nn as sketchnn
+from ..data.dataset import LabelledImages, StrokeDataset
+from ..data.quickdraw import class_split
+from ..data.strokes import Sketch
+from ..evaluate.fewshot import few_shot_accuracy
+from ..models import mixture
+from ..models.encoders import ENCODERS
+from ..ops.raster import raster_bce, rasterize
+from .base import PRESETS, DataSpec, Method, Table, TrainConfig
+
+PEN_DOWN, PEN_UP, PEN_END = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class SketchEmbedNetConfig(TrainConfig):
+    """The paper's QuickDraw run (section 4.1, "Implementation details")."""
+
+    clip_value: float = 1.0
+    """clip each gradient element to +-this; 0 turns it off"""
+    encoder: str = "conv4"
+    """image encoder: conv4 (the paper's on QuickDraw) or resnet12 (its on Sketchy)"""
+    image_size: int = 28
+    """side of the input image in pixels; 84 for Sketchy"""
+    max_length: int = 64
+    """longest drawing in pen offsets; longer ones are left out; 100 for Sketchy"""
+    latent_size: int = 256
+    """size of the embedding z"""
+    hidden_size: int = 1024
+    """units of the decoder's HyperLSTM"""
+    hyper_size: int = 512
+    """units of the smaller LSTM that rescales its gates"""
+    embed_size: int = 64
+    """size of the hypernetwork's embeddings"""
+    mixture_components: int = 30
+    """bivariate Gaussians in the distribution of the next offset"""
+    recurrent_dropout: float = 0.0
+    """probability of dropping a new cell input, training only; the authors train without"""
+    lr_decay: float = 0.85
+    """factor on the learning rate each lr_decay_steps, applied continuously"""
+    lr_decay_steps: int = 15_000
+    """steps over which the learning rate falls by lr_decay"""
+    alpha_step: float = 0.05
+    """what alpha, the weight of the pixel loss, gains each alpha_interval"""
+    alpha_interval: int = 10_000
+    """steps between gains of alpha"""
+    alpha_max: float = 0.5
+    """cap of alpha; 0.75 for Sketchy"""
+    pixel_loss_above: float = 0.1
+    """the pixel loss is computed only where alpha exceeds this: 0.1 in the authors' code, 0 in the paper"""
+    held_out_classes: float = 45 / 345
+    """share of the classes kept out of training, at least one; the paper keeps 45 of 345"""
+    drawings_per_class: int = 0
+    """at most so many drawings of each class, picked at random; 0 takes all"""
+    split_seed: int = 0
+    """seed of the choice of held-out classes"""
+
+    def __post_init__(self) -> None:
+        if self.encoder not in ENCODERS:
+            raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {self.encoder!r}")
+        for name in ("image_size", "max_length", "latent_size", "mixture_components", "alpha_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        for name in ("alpha_max", "held_out_classes"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
+
+
+def _shortened(steps: int, **sizes: Any) -> SketchEmbedNetConfig:
+    """The paper's config with `steps` steps and its schedules shrunk in proportion."""
+    paper = SketchEmbedNetConfig()
+    ratio = steps / paper.steps
+    return replace(
+        paper,
+        steps=steps,
+        lr_decay_steps=max(round(paper.lr_decay_steps * ratio), 1),
+        alpha_interval=max(round(paper.alpha_interval * ratio), 1),
+        **sizes,
+    )
+
+
+class StrokeBatch(NamedTuple):
+    """Drawings centred on their bounding box, whose longer side is 1."""
+
+    points: Tensor
+    """[B, T + 1, 2] float32; what lies past the length repeats the last point"""
+    pen_down: Tensor
+    """[B, T + 1] bool; False past the length"""
+    lengths: Tensor
+    """[B] int64: points of each drawing, 2 to T + 1"""
+
+
+class StrokeBatches(torch.utils.data.Dataset):
+    """Drawings as packed arrays; a batch is one gather, so that no step waits for data."""
+
+    def __init__(self, drawings: StrokeDataset, max_points: int) -> None:
+        self.points = torch.from_numpy(drawings.points)
+        self.pen_down = torch.from_numpy(drawings.pen_down)
+        self.starts = torch.from_numpy(drawings.offsets[:-1])
+        self.lengths = torch.from_numpy(drawings.lengths)
+        self.max_points = max_points
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> StrokeBatch:
+        return StrokeBatch(*(part[0] for part in self.__getitems__([index])))
+
+    def __getitems__(self, indices: list[int]) -> StrokeBatch:
+        rows = torch.as_tensor(indices, dtype=torch.int64)
+        lengths = self.lengths[rows]
+        column = torch.arange(self.max_points)[None]
+        source = self.starts[rows, None] + torch.minimum(column, lengths[:, None] - 1)
+        points = self.points[source]
+        low, high = points.amin(dim=1, keepdim=True), points.amax(dim=1, keepdim=True)
+        extent = (high - low).amax(dim=2, keepdim=True)
+        pen_down = self.pen_down[source] & (column < lengths[:, None] - 1)
+        return StrokeBatch((points - (low + high) / 2) / extent, pen_down, lengths)
+
+
+def stroke5(batch: StrokeBatch, offset_scale: Tensor) -> Tensor:
+    """The paper's y [B, T + 1, 5]: (dx, dy) in units of `offset_scale`, then pen down, lifted, ended.
+
+    Row 0 is the first point, the origin; row t leads to point t. Past the end all rows are (0, 0, 0, 0, 1).
+    """
+    steps = batch.points.shape[1]
+    offsets = torch.diff(batch.points, dim=1, prepend=batch.points[:, :1]) / offset_scale
+    ended = torch.arange(steps, device=offsets.device)[None] >= batch.lengths[:, None]
+    pens = torch.stack((batch.pen_down, ~batch.pen_down & ~ended, ended), dim=-1)
+    return torch.cat((offsets, pens.to(offsets.dtype)), dim=-1)
+
+
+def read_drawings(data: DataSpec, per_class: int | None = None) -> StrokeDataset:
+    """The drawings of the data set `data` names, at most `per_class` of each class; ValueError if unknown."""
+    if data.name == "procedural":
+        from ..data.procedural import procedural
+
+        return procedural().strokes
+    if data.name not in ("quickdraw", "omniglot"):
+        raise ValueError(f"data must be procedural, quickdraw or omniglot, got {data.name!r}")
+    if data.root is None:
+        raise ValueError(f"root must be the folder that holds {data.name}, got None")
+    if data.name == "quickdraw":
+        from ..data.quickdraw import load_quickdraw
+
+        return load_quickdraw(data.root, per_class=per_class)
+    from ..data.omniglot import load_omniglot_strokes
+    from ..data.strokes import rdp
+
+    # sampled in time, thousands of points a drawing; the authors simplify by the same tolerance in pixels
+    strokes = load_omniglot_strokes(data.root)
+    sketches = [rdp(sketch, 2.0) for sketch, _ in strokes]
+    return StrokeDataset.from_sketches(sketches, strokes.labels, strokes.class_names, info=strokes.info)
+
+
+def split_classes(class_names: list[str], held_out: float, seed: int) -> tuple[list[str], list[str]]:
+    """(training, held-out) class names: a seeded draw that depends on the names and not on their order."""
+    count = len(set(class_names))
+    away = min(max(round(held_out * count), 1), count - 1) if held_out > 0 else 0
+    return class_split(class_names, train=count - away, seed=seed)
+
+
+def usable_drawings(drawings: StrokeDataset, class_names: list[str], max_points: int) -> StrokeDataset:
+    """The drawings of `class_names` that have 2 to `max_points` points and any extent, labels as they were."""
+    wanted = [index for index, name in enumerate(drawings.class_names) if name in set(class_names)]
+    lengths = drawings.lengths
+    kept = drawings.subset(np.isin(drawings.labels, wanted) & (lengths >= 2) & (lengths <= max_points))
+    if len(kept):
+        kept = kept.subset(_extents(kept) > 0)
+    if not len(kept):
+        raise ValueError(
+            f"data must hold drawings of 2 to {max_points} points, got none among its {len(drawings)}"
+        )
+    return kept
+
+
+def _extents(drawings: StrokeDataset) -> NDArray[np.float32]:
+    """The longer side of each drawing's bounding box [N]; none may be empty."""
+    starts = drawings.offsets[:-1]
+    low, high = (bound.reduceat(drawings.points, starts, axis=0) for bound in (np.minimum, np.maximum))
+    return (high - low).max(axis=1)
+
+
+def _offset_deviation(drawings: StrokeDataset) -> float:
+    """Standard deviation of all offsets, both axes, in sides of each drawing's bounding box."""
+    row = np.repeat(np.arange(len(drawings)), drawings.lengths)
+    within = row[1:] == row[:-1]
+    offsets = np.diff(drawings.points, axis=0)[within] / _extents(drawings)[row[1:][within], None]
+    return float(offsets.std(dtype=np.float64))
+
+
+class SketchEmbedNet(Method):
+    """Encoder, Gaussian code, HyperLSTM decoder with a mixture density head; see the module's docstring."""
+
+    Config = SketchEmbedNetConfig
+    config: SketchEmbedNetConfig
+    offset_scale: Tensor
+    steps_trained: Tensor
+    training_drawings: Tensor
+    training_classes: Tensor
+
+    def __init__(self, config: SketchEmbedNetConfig) -> None:
+        super().__init__(config)
+        hidden, hyper, latent = config.hidden_size, config.hyper_size, config.latent_size
+        self.encoder = ENCODERS[config.encoder]()
+        self.to_latent = nn.Linear(self.encoder.features, 2 * latent)
+        self.to_state = nn.Linear(latent, 2 * (hidden + hyper))
+        self.decoder = sketchnn.HyperLSTM(
+            5 + latent,
+            hidden,
+            hyper,
+            config.embed_size,
+            recurrent_dropout=config.recurrent_dropout,
+            # an explicit impl speaks of the raster kernels: the HyperLSTM has no fused one yet
+            impl="reference" if config.impl == "reference" else "auto",
+        )
+        self.head = nn.Linear(hidden, mixture.output_size(config.mixture_components))
+        #: standard deviation of the training set's offsets, in sides of the bounding box
+        self.register_buffer("offset_scale", torch.ones(()))
+        # what a table of results must say of the training; in the checkpoint with the weights
+        for name in ("steps_trained", "training_drawings", "training_classes"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def preset(cls, name: str) -> SketchEmbedNetConfig:
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        if name == "paper":
+            return SketchEmbedNetConfig()
+        if name == "small":
+            return _shortened(
+                steps=2400,
+                batch_size=64,
+                hidden_size=256,
+                hyper_size=64,
+                embed_size=16,
+                mixture_components=20,
+            )
+        return _shortened(
+            steps=3,
+            batch_size=8,
+            hidden_size=16,
+            hyper_size=8,
+            embed_size=4,
+            mixture_components=3,
+            max_length=24,
+        )
+
+    # ---- data ----------------------------------------------------------------------------------------------
+
+    def train_data(self, data: DataSpec) -> StrokeBatches:
+        """The drawings of the training classes; also measures `offset_scale` on them."""
+        config = self.config
+        drawings = read_drawings(data, config.drawings_per_class or None)
+        names, _ = split_classes(drawings.class_names, config.held_out_classes, config.split_seed)
+        drawings = usable_drawings(drawings, names, config.max_length + 1)
+        self.offset_scale.fill_(_offset_deviation(drawings))
+        self.training_drawings.fill_(len(drawings))
+        self.training_classes.fill_(len(np.unique(drawings.labels)))
+        return StrokeBatches(drawings, config.max_length + 1)
+
+    # ---- network -------------------------------------------------------------------------------------------
+
+    def to_pixels(self, points: Tensor) -> Tensor:
+        """Points in sides of the bounding box, box centred on 0, to pixels: centred, the box padded."""
+        size = self.config.image_size
+        padding = 2 * round(size / 10)
+        return points * (size - padding) + (size - 1) / 2
+
+    def render(self, batch: StrokeBatch) -> Tensor:
+        """The drawings as images [B, 1, S, S], ink = 1."""
+        points = self.to_pixels(batch.points)
+        size = self.config.image_size
+        return rasterize(points, batch.pen_down, size, lengths=batch.lengths, impl=self.config.impl)[:, None]
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of z, each [B, latent_size]."""
+        mean, log_variance = self.to_latent(self.encoder(images)).chunk(2, dim=-1)
+        return mean, log_variance
+
+    def initial_state(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        hidden, hyper = self.config.hidden_size, self.config.hyper_size
+        h, c, hyper_h, hyper_c = torch.tanh(self.to_state(z)).split((hidden, hidden, hyper, hyper), dim=-1)
+        return h, c, hyper_h, hyper_c
+
+    def decode(self, y: Tensor, z: Tensor) -> mixture.Mixture:
+        """The distribution [T, B, ...] of what follows each of y [B, T, 5] (teacher forcing)."""
+        steps = y.shape[1]
+        inputs = torch.cat((y.transpose(0, 1), z.expand(steps, *z.shape)), dim=-1)
+        return mixture.parse_mixture(self.head(self.decoder(inputs, self.initial_state(z))[0]))
+
+    # ---- loss ----------------------------------------------------------------------------------------------
+
+    def alpha(self, step: int) -> float:
+        """Weight of the pixel loss at training step `step`, counted from 0."""
+        config = self.config
+        return min(config.alpha_max, config.alpha_step * ((step + 1) // config.alpha_interval))
+
+    def loss(self, batch: StrokeBatch, step: int) -> dict[str, Tensor]:
+        """L = L_pen + (1 - alpha) L_stroke + alpha L_pixel (Eq. 2), each a mean over batch and time.
+
+        As in the authors' code the pen loss counts the padding, and the stroke loss, zero there, is divided
+        by all T as well.
+        """
+        y = stroke5(batch, self.offset_scale)
+        mean, log_variance = self.encode(self.render(batch))
+        z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+        predicted = self.decode(y[:, :-1], z)
+        target = y[:, 1:].transpose(0, 1)
+
+        pen = F.cross_entropy(predicted.pen_logits.flatten(0, 1), target[..., 2:].argmax(-1).flatten())
+        live = 1 - target[..., 4]
+        stroke = -(mixture.log_likelihood(predicted, target[..., :2]) * live).mean()
+        alpha = self.alpha(step)
+        losses = {"loss": pen + (1 - alpha) * stroke, "pen": pen, "stroke": stroke}
+        if alpha > self.config.pixel_loss_above:
+            losses["pixel"] = self.pixel_loss(predicted, batch)
+            losses["loss"] = losses["loss"] + alpha * losses["pixel"]
+        losses["alpha"] = torch.tensor(alpha)
+        if self.training:
+            self.steps_trained.fill_(step + 1)
+        return losses
+
+    def pixel_loss(self, predicted: mixture.Mixture, batch: StrokeBatch) -> Tensor:
+        """Cross-entropy of the blurred rasters of prediction and drawing (Eqs. 5, 6; two-sided as in the code).
+
+        The prediction runs through samples of the likeliest component, from the drawing's own first point
+        and at the drawing's scale.
+        """
+        best = mixture.likeliest(predicted)
+        noise = torch.randn(*best.mean_x.shape, 2, dtype=best.mean_x.dtype, device=best.mean_x.device)
+        offsets = mixture.sample_gaussian(best, noise).transpose(0, 1) * self.offset_scale
+        points = torch.cumsum(torch.cat((batch.points[:, :1], offsets), dim=1), dim=1)
+        pens = torch.softmax(predicted.pen_logits.detach(), dim=-1)[..., PEN_DOWN].transpose(0, 1) > 0.5
+        pens = torch.cat((batch.pen_down[:, :1], pens), dim=1)
+        return raster_bce(
+            self.to_pixels(points),
+            pens,
+            (self.to_pixels(batch.points), batch.pen_down),
+            size=self.config.image_size,
+            target_lengths=batch.lengths,
+            blur_sigma=2.0,
+            blur_taps=5,
+            impl=self.config.impl,
+        ).mean()
+
+    def optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """Adam, its rate decaying continuously by lr_decay each lr_decay_steps."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.config.learning_rate)
+        gamma = self.config.lr_decay ** (1 / self.config.lr_decay_steps)
+        return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
+
+    # ---- use -----------------------------------------------------------------------------------------------
+
+    def fit_images(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] of any size as the encoder takes them: one channel, image_size a side."""
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}")
+        if images.dim() != 4:
+            raise ValueError(f"images must have shape [B, C, H, W], got {tuple(images.shape)}")
+        images = images.mean(dim=1, keepdim=True)
+        size = (self.config.image_size, self.config.image_size)
+        if images.shape[2:] == size:
+            return images
+        return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """The mean of z [B, latent_size] of images [B, C, H, W] in [0, 1], ink = 1, resized where needed."""
+        return self.encode(self.fit_images(images))[0]
+
+    @torch.no_grad()
+    def draw(self, images: Tensor, *, temperature: float = 0.0, seed: int = 0) -> list[Sketch]:
+        """Sketches in pixels of the image_size canvas, centred and scaled to it, drawn from the mean of z.
+
+        Temperature 0 takes the most likely point each time; above it points are drawn, the same for one seed.
+        """
+        points, pens, lengths = self.draw_strokes(images, temperature=temperature, seed=seed)
+        arrays = zip(points.cpu().numpy(), pens.cpu().numpy(), lengths.tolist(), strict=True)
+        return [Sketch(xy[:n].copy(), pen[:n].copy()) for xy, pen, n in arrays]
+
+    def draw_strokes(
+        self, images: Tensor, *, temperature: float = 0.0, seed: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `draw` draws as tensors: points [B, T + 1, 2] in pixels, pen_down [B, T + 1], lengths [B]."""
+        z = self.encode(self.fit_images(images))[0]
+        generator = torch.Generator(z.device).manual_seed(seed)
+        state = self.initial_state(z)
+        y = z.new_tensor([0.0, 0.0, 1.0, 0.0, 0.0]).expand(len(z), 5)
+        ended = torch.zeros(len(z), dtype=torch.bool, device=z.device)
+        rows, alive = [y], [~ended]
+        for step in range(self.config.max_length):
+            out, state = self.decoder(torch.cat((y, z), dim=-1)[None], state, step_offset=step)
+            offset, pen = mixture.sample(mixture.parse_mixture(self.head(out[0])), temperature, generator)
+            ended = ended | (pen == PEN_END)
+            y = torch.cat((offset, F.one_hot(pen, 3).to(offset.dtype)), dim=-1)
+            y = torch.where(ended[:, None], y.new_tensor([0.0, 0.0, 0.0, 0.0, 1.0]), y)
+            rows.append(y)
+            alive.append(~ended)
+        sequence = torch.stack(rows, dim=1)
+        lengths = torch.stack(alive, dim=1).sum(dim=1)
+        pens = sequence[..., 2 + PEN_DOWN] > 0.5
+        return self._centre(torch.cumsum(sequence[..., :2], dim=1)), pens, lengths
+
+    def _centre(self, points: Tensor) -> Tensor:
+        """Points scaled and centred by their own box, in pixels; what has no extent is centred only."""
+        low, high = points.amin(dim=1, keepdim=True), points.amax(dim=1, keepdim=True)
+        extent = (high - low).amax(dim=2, keepdim=True)
+        return self.to_pixels((points - (low + high) / 2) / torch.where(extent > 0, extent, 1.0))
+
+    @torch.no_grad()
+    def pictures(self, batch: StrokeBatch, count: int = 8) -> dict[str, Tensor]:
+        """Input image, its blur as the pixel loss sees it, and what the model draws of it."""
+        batch = StrokeBatch(*(part[:count] for part in batch))
+        images = self.render(batch)
+        training = self.training
+        self.eval()
+        points, pens, lengths = self.draw_strokes(images)
+        self.train(training)
+        size, impl = self.config.image_size, self.config.impl
+        return {
+            "input": images[:, 0],
+            "target": rasterize(
+                self.to_pixels(batch.points),
+                batch.pen_down,
+                size,
+                lengths=batch.lengths,
+                blur_sigma=2.0,
+                impl=impl,
+            ),
+            "drawn": rasterize(points, pens, size, lengths=lengths, impl=impl),
+        }
+
+
+# ---- the paper's protocol --------------------------------------------------------------------------------------
+
+#: Table 1 of the paper, (way, shot) -> accuracy in percent and its 95% interval, Conv4
+PAPER_FEWSHOT = {
+    "SketchEmbedNet": {
+        (5, 1): (96.96, 0.17),
+        (5, 5): (99.50, 0.06),
+        (20, 1): (91.67, 0.14),
+        (20, 5): (98.30, 0.05),
+    },
+    "Random CNN": {
+        (5, 1): (67.96, 0.44),
+        (5, 5): (83.85, 0.31),
+        (20, 1): (44.39, 0.23),
+        (20, 5): (60.87, 0.22),
+    },
+}
+
+
+def embed_images(
+    method: SketchEmbedNet, images: NDArray[np.uint8], batch_size: int = 512
+) -> NDArray[np.float32]:
+    """Embeddings [N, D] of images [N, H, W], computed in evaluation mode on the method's device."""
+    device, training = method.offset_scale.device, method.training
+    method.eval()
+    parts = [
+        method.embed(
+            torch.from_numpy(images[start : start + batch_size]).to(device)[:, None].float() / 255
+        ).cpu()
+        for start in range(0, len(images), batch_size)
+    ]
+    method.train(training)
+    return torch.cat(parts).numpy()
+
+
+def held_out_images(
+    method: SketchEmbedNet, drawings: StrokeDataset, per_class: int, seed: int
+) -> LabelledImages:
+    """Rendered drawings of the classes kept out of training, at most `per_class` of each."""
+    config = method.config
+    _, names = split_classes(drawings.class_names, config.held_out_classes, config.split_seed)
+    if not names:
+        raise ValueError(
+            f"held_out_classes must leave a class to evaluate on, got {config.held_out_classes!r}"
+        )
+    drawings = usable_drawings(drawings, names, config.max_length + 1)
+    order = np.random.default_rng(seed).permutation(len(drawings))
+    rows = np.concatenate(
+        [order[drawings.labels[order] == label][:per_class] for label in np.unique(drawings.labels)]
+    )
+    drawings = drawings.subset(rows)
+    batches = StrokeBatches(drawings, config.max_length + 1)
+    images = [
+        method.render(batches.__getitems__(list(range(start, min(start + 512, len(batches))))))[:, 0]
+        for start in range(0, len(batches), 512)
+    ]
+    pixels = (torch.cat(images) * 255).round().to(torch.uint8).numpy()
+    return LabelledImages(pixels, drawings.labels, drawings.class_names)
+
+
+def fewshot(
+    method: SketchEmbedNet,
+    untrained: SketchEmbedNet,
+    data: DataSpec,
+    *,
+    episodes: int = 2000,
+    ways: tuple[int, ...] = (5, 20),
+    shots: tuple[int, ...] = (1, 5),
+    split: str = "vinyals-test",
+    rotations: bool = True,
+    per_class: int = 50,
+    seed: int = 0,
+    jobs: int = 1,
+) -> list[Table]:
+    """Few-shot classification of unseen classes (section 4.2, Table 1), trained against untrained encoder.
+
+    Args:
+        method, untrained: the trained network, and one of the same config with fresh weights.
+        data: omniglot (its images, as in the paper), or any stroke data (its held-out classes, rendered).
+        episodes: per table row; the same ones for both networks. The authors' code takes 2000.
+        ways, shots: classes of an episode, and labelled images of each; the query is all the rest.
+        split, rotations: of Omniglot's characters; the paper's are Vinyals' with rotations as classes.
+        per_class: images of each held-out class, for data other than Omniglot.
+        seed: of the episodes.
+        jobs: processes that share the episodes.
+    """
+    if data.name == "omniglot":
+        from ..data.omniglot import load_omniglot
+
+        if data.root is None:
+            raise ValueError("root must be the folder that holds omniglot, got None")
+        images = load_omniglot(data.root, split=split, rotations=rotations, size=method.config.image_size)
+        what = f"Omniglot, {split}{' with rotations as classes' if rotations else ''}"
+    else:
+        images = held_out_images(method, read_drawings(data), per_class, seed)
+        what = f"held-out classes of {data.name}"
+    classes, smallest = np.unique(images.labels, return_counts=True)
+    vectors = {
+        "trained": embed_images(method, images.images),
+        "untrained": embed_images(untrained, images.images),
+    }
+    rows = []
+    for way in (way for way in ways if way <= len(classes)):
+        for shot in (shot for shot in shots if shot < smallest.max()):
+            row: dict[str, Any] = {"way": way, "shot": shot}
+            for name, embeddings in vectors.items():
+                accuracy = few_shot_accuracy(
+                    embeddings, images.labels, way=way, shot=shot, episodes=episodes, seed=seed, jobs=jobs
+                )
+                row |= {name: round(100 * accuracy.mean, 2), f"{name} ±": round(100 * accuracy.half_width, 2)}
+            if data.name == "omniglot":
+                for name, figures in PAPER_FEWSHOT.items():
+                    if (way, shot) in figures:
+                        row[f"paper: {name}"] = "{:.2f} ± {:.2f}".format(*figures[way, shot])
+            rows.append(row)
+    left_out = [way for way in ways if way > len(classes)]
+    note = f"Accuracy in percent over {episodes} episodes, 95% intervals; {len(images)} images of {len(classes)} classes."
+    if left_out:
+        note += f" Not run, for want of classes: {', '.join(f'{way}-way' for way in left_out)}."
+    return [Table(f"Few-shot classification: {what}", rows, f"{note} {training_facts(method)}")]
+
+
+def training_facts(method: SketchEmbedNet) -> str:
+    """What was trained, and in which of its settings it differs from the paper's run."""
+    config, paper = method.config, SketchEmbedNetConfig()
+    names = (
+        "batch_size",
+        "hidden_size",
+        "hyper_size",
+        "embed_size",
+        "mixture_components",
+        "max_length",
+        "image_size",
+    )
+    different = [
+        f"{name} {getattr(config, name)} (paper {getattr(paper, name)})"
+        for name in ("encoder", *names)
+        if getattr(config, name) != getattr(paper, name)
+    ]
+    facts = (
+        f"Trained {int(method.steps_trained)} steps (paper {paper.steps}) on {int(method.training_drawings)} "
+        f"drawings of {int(method.training_classes)} classes (paper: QuickDraw, 300 classes of 70,000)."
+    )
+    return f"{facts} Other sizes: {', '.join(different)}." if different else facts
+
+
+SketchEmbedNet.protocols = {"fewshot": fewshot}
