@@ -252,23 +252,34 @@ def evaluate_command(args: Sequence[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(
             f"usage: {prog} RUN [PROTOCOL] [--data NAME] [--root PATH] [flags]\n\n"
-            f"RUN is a folder that `sketchfast train` wrote. `{prog} RUN PROTOCOL --help` lists the flags."
+            "RUN is a folder that `sketchfast train` wrote. PROTOCOL is one of its method's (by default the\n"
+            "first), or the name of a data set to run that one on.\n"
+            f"`{prog} RUN PROTOCOL --help` lists the flags."
         )
         return 0
     words = _positionals(args, ("RUN", "PROTOCOL"), prog, optional=1)
     run = Path(words[0])
     settings = read_run(run)
     protocols = get_method(settings["method"]).protocols
-    name = words[1] if len(words) > 1 else next(iter(protocols), "")
-    if name not in protocols:
-        raise UsageError(f"protocol must be one of {', '.join(protocols) or '(none)'}, got {name!r}")
+    if not protocols:
+        raise UsageError(f"method {settings['method']} has no protocol to evaluate")
+    given = words[1] if len(words) > 1 else next(iter(protocols))
+    name = given if given in protocols else next(iter(protocols))
+    trained_on = settings["data"]
     keywords = _keyword_flags(protocols[name])
-    root = settings["data"]["root"]
-    data = DataOptions(settings["data"]["name"], None if root is None else Path(root))
+    data = DataOptions(trained_on["name"] if given in protocols else given)
     defaults = {"protocol": keywords(), "data": data, "device": DeviceOptions()}
-    flags = _parse(None, defaults, args[len(words) :], f"{prog} RUN {name}", _summary(protocols[name]))
+    flags = _parse(None, defaults, args[len(words) :], f"{prog} RUN {given}", _summary(protocols[name]))
     chosen = {field.name: getattr(flags.protocol, field.name) for field in dataclasses.fields(keywords)}
-    tables = _evaluate(run, name, _data_spec(flags.data), chosen, flags.device.accelerator)
+    data = flags.data
+    if data.root is None and data.data == trained_on["name"] and trained_on["root"] is not None:
+        data = dataclasses.replace(data, root=Path(trained_on["root"]))
+    try:
+        tables = _evaluate(run, name, _data_spec(data), chosen, flags.device.accelerator)
+    except ValueError as error:
+        if given in protocols or "data must be" not in str(error):
+            raise
+        raise UsageError(f"{given!r} is no protocol ({', '.join(protocols)}), and {error}") from error
     _print_tables(tables)
     print(f"results: {run / 'results.json'}\nreport: {run / 'report.html'}")
     return 0
@@ -310,7 +321,7 @@ def _evaluate(run: Path, name: str, data: DataSpec, flags: dict[str, Any], accel
     device = _device(accelerator)
     tables = type(method).protocols[name](method.to(device), untrained.to(device), data, **flags)
     stored = _read_evaluations(run)
-    stored[name] = {
+    stored[f"{name} on {data.name}"] = {
         "step": step,
         "data": {"name": data.name, "root": None if data.root is None else str(data.root)},
         "flags": flags,

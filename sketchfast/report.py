@@ -70,7 +70,7 @@ def plot_curves(steps: np.ndarray, metrics: Mapping[str, np.ndarray]) -> bytes:
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(3.6 * columns, 2.5 * rows), dpi=150, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
-    for panel, (name, values) in zip(panels, shown.items(), strict=False):
+    for (name, values), panel in zip(shown.items(), panels, strict=False):
         finite = np.isfinite(values)
         x, y = steps[finite], values[finite]
         panel.plot(x, y, color="#3056d3", alpha=0.3, linewidth=0.8)

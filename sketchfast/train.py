@@ -250,11 +250,11 @@ class _RankBatches(Dataset):
 # Pictures
 
 
-def picture_grid(pictures: Mapping[str, Tensor], least_side: int = 84) -> np.ndarray:
+def picture_grid(pictures: Mapping[str, Tensor], least_side: int = 112) -> np.ndarray:
     """One uint8 image [H, W, 3] of captioned rows: ink [n, H, W] dark on white, colour [n, 3, H, W] as is."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
-    gap, caption = 6, 16
+    gap, caption = 6, 22
     rows: list[np.ndarray] = []
     for title, images in pictures.items():
         pixels = images.detach().float().cpu().clamp(0, 1).nan_to_num(0.0)
@@ -264,7 +264,7 @@ def picture_grid(pictures: Mapping[str, Tensor], least_side: int = 84) -> np.nda
         framed = torch.nn.functional.pad(tiles, (0, 0, gap // 2, gap // 2, gap // 2, gap // 2), value=0.92)
         strip = torch.cat(list(framed), dim=1).mul(255).round().to(torch.uint8).numpy()
         label = Image.new("RGB", (strip.shape[1], caption), (235, 235, 235))
-        ImageDraw.Draw(label).text((gap, 2), title, fill=(60, 60, 60))
+        ImageDraw.Draw(label).text((gap, 3), title, fill=(60, 60, 60), font=ImageFont.load_default(14))
         rows += [np.asarray(label), strip]
     width = max(row.shape[1] for row in rows)
     return np.concatenate(

@@ -112,14 +112,14 @@ def test_evaluate_compares_with_an_untrained_twin(run, capfd):
     assert "untrained" in text
     stored = json.loads((run / "results.json").read_text())
     assert stored["training"]["step"] == 12
-    result = stored["evaluations"]["weights"]
+    result = stored["evaluations"]["weights on procedural"]
     assert result["flags"] == {"episodes": 7}
     assert result["step"] == 12
     trained, untrained = result["tables"][0]["rows"]
     head = read_checkpoint(run / "checkpoints" / "step-000000012.pt")["model"]["head.weight"]
     assert trained["weight"] == pytest.approx(float(head.abs().sum()))
     assert untrained["weight"] != trained["weight"]
-    assert "Evaluation: weights" in (run / "report.html").read_text()
+    assert "Evaluation: weights on procedural" in (run / "report.html").read_text()
 
 
 def test_evaluate_takes_the_first_protocol_by_default(run, capfd):
@@ -248,7 +248,11 @@ def test_mistakes_end_in_one_line_and_code_2(run, tmp_path, capfd):
         ("train", "toy", "--out", run, "--resume", "--noise", "3"): "noise was 0.1, is 3.0",
         ("train", "toy", "--out", text): "Not a directory",
         ("evaluate", empty): "is not a run folder",
-        ("evaluate", run, "nothing"): "protocol must be one of weights, got 'nothing'",
+        (
+            "evaluate",
+            run,
+            "nothing",
+        ): "'nothing' is no protocol (weights), and data must be procedural, got 'nothing'",
         ("embed", run): "RUN or IMAGES is missing",
         ("embed", run, tmp_path / "no.png"): "IMAGES must be files or folders that exist",
         ("embed", run, empty): "no images",

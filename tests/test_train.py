@@ -427,8 +427,8 @@ def test_picture_grid_is_dark_ink_on_white():
     grid = picture_grid({"one": ink, "two": ink[:2]})
     assert grid.dtype == np.uint8
     assert grid.shape[2] == 3
-    assert grid[20:90, 10:80].min() == 0
-    assert grid[20:90, 10:80].max() == 255
+    assert grid[25:130, 10:100].min() == 0
+    assert grid[25:130, 10:100].max() == 255
 
 
 # --- ranks ------------------------------------------------------------------------------------------------

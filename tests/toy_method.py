@@ -108,6 +108,8 @@ def _protocol(method: Method, untrained: Method, data: DataSpec, *, episodes: in
     Args:
         episodes: how many
     """
+    if data.name != "procedural":
+        raise ValueError(f"data must be procedural, got {data.name!r}")
     rows = [
         {"encoder": name, "weight": float(m.head.weight.detach().abs().sum()), "episodes": episodes}  # type: ignore[union-attr, operator]
         for name, m in (("trained", method), ("untrained", untrained))

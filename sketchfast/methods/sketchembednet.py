@@ -118,6 +118,7 @@ class StrokeBatches(torch.utils.data.Dataset):
         self.starts = torch.from_numpy(drawings.offsets[:-1])
         self.lengths = torch.from_numpy(drawings.lengths)
         self.max_points = max_points
+        self.skipped = drawings.skipped
 
     def __len__(self) -> int:
         return len(self.lengths)
