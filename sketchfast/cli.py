@@ -354,15 +354,19 @@ def _print_tables(tables: Iterable[Table]) -> None:
     from .report import format_cell, table_columns
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
     for table in tables:
-        shown = RichTable(title=table.title, caption=table.note or None, title_justify="left")
+        shown = RichTable(title=table.title, title_justify="left")
         columns = table_columns(table.rows)
         for column in columns:
             numeric = all(isinstance(row.get(column), (int, float)) for row in table.rows)
-            shown.add_column(column, justify="right" if numeric else "left")
+            shown.add_column(column, justify="right" if numeric else "left", overflow="fold")
         for row in table.rows:
             shown.add_row(*(format_cell(row.get(column)) for column in columns))
         console.print(shown)
+        if table.note:
+            console.print(table.note, style="dim", highlight=False)
 
 
 # --- embed and draw ---------------------------------------------------------------------------------------
