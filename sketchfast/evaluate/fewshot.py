@@ -33,7 +33,7 @@ class Episode(NamedTuple):
 
 
 def episodes_of(labels: ArrayLike, way: int, shot: int, episodes: int, seed: int = 0) -> Iterator[Episode]:
-    """Seeded episodes over `labels` [N]: `way` classes, `shot` support rows of each, all its others the query.
+    """Seeded episodes over `labels` [N]: `way` classes, `shot` support rows of each, its others the query.
 
     The same labels, sizes and seed give the same episodes, whatever is to be evaluated on them. Classes with
     fewer than shot + 1 rows are never drawn; ValueError where fewer than `way` are left.
@@ -47,7 +47,7 @@ def episodes_of(labels: ArrayLike, way: int, shot: int, episodes: int, seed: int
     eligible = [rows for rows in rows_by_class if len(rows) > shot]
     if len(eligible) < way:
         raise ValueError(
-            f"way must be at most the number of classes with {shot + 1} or more images, {len(eligible)}, got {way}"
+            f"way must be at most {len(eligible)}, the classes with {shot + 1} or more images, got {way}"
         )
     generator = np.random.default_rng([seed, way, shot])
     for _ in range(episodes):
@@ -80,7 +80,7 @@ def few_shot_accuracy(
         embeddings: [N, D], computed once for all episodes; each row is scaled to length 1.
         labels: [N] class of each row.
         way, shot, episodes, seed: see `episodes_of`.
-        jobs: processes that share the episodes; the result does not depend on it.
+        jobs: processes that share the episodes, -1 for all cores; the result does not depend on it.
     """
     vectors = np.asarray(embeddings, dtype=np.float64)
     labels = np.asarray(labels)
@@ -97,18 +97,18 @@ def few_shot_accuracy(
 
         # the matrices are tiny: BLAS threads would only wait for each other
         with threadpool_limits(1):
-            scores = _chunk_accuracies(vectors, drawn)
+            scored = [_accuracies(vectors, drawn)]
     else:
         from joblib import Parallel, delayed
 
-        chunks = [drawn[start :: max(jobs, 1) * 4] for start in range(max(jobs, 1) * 4)]
-        scored = Parallel(n_jobs=jobs)(delayed(_chunk_accuracies)(vectors, c) for c in chunks if c)
-        scores = np.concatenate(scored)
+        chunks = [drawn[start : start + 50] for start in range(0, len(drawn), 50)]
+        scored = Parallel(n_jobs=jobs)(delayed(_accuracies)(vectors, chunk) for chunk in chunks)
+    scores = np.sort(np.concatenate(scored))
     spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else math.nan
-    return Accuracy(float(np.sort(scores).mean()), 1.96 * spread / math.sqrt(len(scores)), len(scores))
+    return Accuracy(float(scores.mean()), 1.96 * spread / math.sqrt(len(scores)), len(scores))
 
 
-def _chunk_accuracies(vectors: NDArray[np.float64], episodes: list[Episode]) -> NDArray[np.float64]:
+def _accuracies(vectors: NDArray[np.float64], episodes: list[Episode]) -> NDArray[np.float64]:
     return np.array([_episode_accuracy(vectors, episode) for episode in episodes])
 
 

@@ -8,9 +8,8 @@ says which is the default here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -165,11 +164,11 @@ def read_drawings(data: DataSpec, per_class: int | None = None) -> StrokeDataset
 
         return load_quickdraw(data.root, per_class=per_class)
     from ..data.omniglot import load_omniglot_strokes
-    from ..data.strokes import rdp
+    from ..data.strokes import simplify
 
     # sampled in time, thousands of points a drawing; the authors simplify by the same tolerance in pixels
     strokes = load_omniglot_strokes(data.root)
-    sketches = [rdp(sketch, 2.0) for sketch, _ in strokes]
+    sketches = [simplify(strokes[index][0], 2.0) for index in range(len(strokes))]
     return StrokeDataset.from_sketches(sketches, strokes.labels, strokes.class_names, info=strokes.info)
 
 
@@ -532,11 +531,13 @@ def fewshot(
         method, untrained: the trained network, and one of the same config with fresh weights.
         data: omniglot (its images, as in the paper), or any stroke data (its held-out classes, rendered).
         episodes: per table row; the same ones for both networks. The authors' code takes 2000.
-        ways, shots: classes of an episode, and labelled images of each; the query is all the rest.
-        split, rotations: of Omniglot's characters; the paper's are Vinyals' with rotations as classes.
+        ways: classes of an episode; a number above the classes there are is left out, and the note says so.
+        shots: labelled images of each class; the query is all its others.
+        split: part of Omniglot's characters; the paper's is Vinyals', evaluation is the published one.
+        rotations: whether a character of Omniglot makes four classes, one a quarter turn, as in the paper.
         per_class: images of each held-out class, for data other than Omniglot.
         seed: of the episodes.
-        jobs: processes that share the episodes.
+        jobs: processes that share the episodes, -1 for all cores; the result does not depend on it.
     """
     if data.name == "omniglot":
         from ..data.omniglot import load_omniglot
@@ -568,7 +569,10 @@ def fewshot(
                         row[f"paper: {name}"] = "{:.2f} ± {:.2f}".format(*figures[way, shot])
             rows.append(row)
     left_out = [way for way in ways if way > len(classes)]
-    note = f"Accuracy in percent over {episodes} episodes, 95% intervals; {len(images)} images of {len(classes)} classes."
+    note = (
+        f"Accuracy in percent over {episodes} episodes, 95% intervals; {len(images)} images of "
+        f"{len(classes)} classes."
+    )
     if left_out:
         note += f" Not run, for want of classes: {', '.join(f'{way}-way' for way in left_out)}."
     return [Table(f"Few-shot classification: {what}", rows, f"{note} {training_facts(method)}")]

@@ -16,7 +16,7 @@ def _check_images(images: Tensor, channels: int, least: int) -> None:
         raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}")
     if images.dim() != 4 or images.shape[1] != channels or min(images.shape[2:]) < least:
         raise ValueError(
-            f"images must have shape [B, {channels}, H, W] with H, W at least {least}, got {tuple(images.shape)}"
+            f"images must have shape [B, {channels}, H, W], sides at least {least}, got {tuple(images.shape)}"
         )
 
 

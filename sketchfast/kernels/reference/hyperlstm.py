@@ -84,6 +84,7 @@ def hyperlstm(
     """
     steps, batch, inputs = x.shape
     hidden, hyper = params["weight_hh"].shape[1], params["hyper_weight_hh"].shape[1]
+    embed = params["z_weight"].shape[1]
     main_gates, hyper_gates = 4 * hidden, 4 * hyper
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     p = {name: value.to(accumulate) for name, value in params.items() if "ln_" in name or name == "bias"}
@@ -134,7 +135,7 @@ def hyperlstm(
             )
         new_hyper_h = torch.tanh(normalised_c) * torch.sigmoid(o)
 
-        z = torch.addmm(z_bias, new_hyper_h.to(x.dtype), to_z).view(batch, 12, -1).transpose(0, 1)
+        z = torch.addmm(z_bias, new_hyper_h.to(x.dtype), to_z).view(batch, 12, embed).transpose(0, 1)
         alpha_x, alpha_h, beta = torch.bmm(z, from_z).to(accumulate).split(4)
         gates = torch.addcmul(beta + bias, alpha_x, x_mains[t])
         gates = torch.addcmul(gates, alpha_h, h_main.view(batch, 4, hidden).transpose(0, 1))

@@ -1,0 +1,52 @@
+"""The shapes of the encoders, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from sketchfast.models.encoders import Conv4, ResNet12
+
+
+@pytest.mark.parametrize(("encoder", "features"), [(Conv4, 64), (ResNet12, 512)])
+@pytest.mark.parametrize("size", [(16, 16), (28, 28), (31, 45)])
+def test_features(encoder, features: int, size: tuple[int, int]) -> None:
+    model = encoder().eval()
+    assert model.features == features
+    out = model(torch.rand(2, 1, *size))
+    assert out.shape == (2, features)
+    assert (out >= 0).all()  # both end in ReLU, pool and mean
+
+
+def test_conv4_is_that_of_the_paper() -> None:
+    kinds = [type(layer) for layer in Conv4().blocks[0]]
+    assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
+    convolutions = [m for m in Conv4(3).modules() if isinstance(m, nn.Conv2d)]
+    assert [(c.in_channels, c.out_channels, c.kernel_size) for c in convolutions] == [
+        (3, 64, (3, 3)),
+        (64, 64, (3, 3)),
+        (64, 64, (3, 3)),
+        (64, 64, (3, 3)),
+    ]
+
+
+def test_resnet12_has_twelve_convolutions_beside_the_shortcuts() -> None:
+    kernels = [m.kernel_size for m in ResNet12().modules() if isinstance(m, nn.Conv2d)]
+    assert kernels.count((3, 3)) == 12
+    assert kernels.count((1, 1)) == 4
+
+
+@pytest.mark.parametrize("encoder", [Conv4, ResNet12])
+@pytest.mark.parametrize(
+    ("images", "error"),
+    [
+        (torch.zeros(2, 3, 28, 28), ValueError),
+        (torch.zeros(2, 28, 28), ValueError),
+        (torch.zeros(2, 1, 15, 28), ValueError),
+        (torch.zeros(2, 1, 28, 28, dtype=torch.uint8), TypeError),
+    ],
+)
+def test_images_are_checked(encoder, images, error) -> None:
+    with pytest.raises(error, match="images must"):
+        encoder()(images)
