@@ -576,32 +576,31 @@ def _choice(op: str, device: str) -> str:
 
 def demo_command(args: Sequence[str]) -> int:
     from .methods import get_method
+    from .methods.base import DataSpec
     from .train import RunOptions
 
     about = "Draw procedural data, train SketchEmbedNet on it, compare it few-shot with an untrained encoder."
     options = _parse(DemoOptions, None, args, "sketchfast demo", about)
     _check_impl(options.impl)
-    kind = get_method("sketchembednet")
-    config = dataclasses.replace(kind.preset(options.preset), impl=options.impl)
+    preset = get_method("sketchembednet").preset(options.preset)
     steps = options.steps or DEMO_STEPS[options.preset]
-    config = dataclasses.replace(config, steps=steps)
+    shorter = {  # the schedules keep their share of the run
+        name: max(1, round(getattr(preset, name) * steps / preset.steps))
+        for name in ("lr_decay_steps", "alpha_interval")
+    }
+    config = dataclasses.replace(preset, steps=steps, impl=options.impl, **shorter)
     out = _free_folder(options.out)
-    run = RunOptions(
-        out, seed=options.seed, checkpoint_every=max(1, steps // 4), picture_every=max(1, steps // 4)
-    )
-    from .methods.base import DataSpec
-
-    data = DataSpec()
+    every = max(1, steps // 4)
+    run = RunOptions(out, seed=options.seed, checkpoint_every=every, picture_every=every)
     print(f"training SketchEmbedNet ({options.preset}) for {steps} steps on procedural drawings into {out}")
+    data = DataSpec()
     summary = _train("sketchembednet", config, data, run, options.preset)
-    print("few-shot evaluation on classes held out of training")
-    tables = _evaluate(out, DEMO_PROTOCOL, data, {"episodes": DEMO_EPISODES[options.preset]}, "auto")
-    _print_tables(tables)
+    print("few-shot evaluation on classes held out of training, against an untrained encoder")
+    _print_tables(_evaluate(out, "fewshot", data, {"episodes": DEMO_EPISODES[options.preset]}, "auto"))
     _say_trained(out, summary)
     return 0
 
 
-DEMO_PROTOCOL = "fewshot"
 DEMO_STEPS = {"small": 600, "tiny": 3}
 DEMO_EPISODES = {"small": 200, "tiny": 5}
 
