@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import nn as sketchnn
 from ..data.dataset import LabelledImages, StrokeDataset
 from ..data.quickdraw import class_split
-from ..data.strokes import Sketch
+from ..data.strokes import Sketch, simplify
 from ..evaluate.fewshot import few_shot_accuracy
 from ..models import mixture
 from ..models.encoders import ENCODERS
@@ -42,6 +42,9 @@ class SketchEmbedNetConfig(TrainConfig):
     """side of the input image in pixels; 84 for Sketchy"""
     max_length: int = 64
     """longest drawing in pen offsets; longer ones are left out; 100 for Sketchy"""
+    simplify_tolerance: float = 0.0
+    """Ramer-Douglas-Peucker tolerance in sides of a drawing's bounding box: fewer points, the same picture;
+    0 takes the drawings as they are, as the paper does"""
     latent_size: int = 256
     """size of the embedding z"""
     hidden_size: int = 1024
@@ -79,7 +82,7 @@ class SketchEmbedNetConfig(TrainConfig):
         for name in ("image_size", "max_length", "latent_size", "mixture_components", "alpha_interval"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        for name in ("alpha_max", "held_out_classes"):
+        for name in ("alpha_max", "held_out_classes", "simplify_tolerance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
 
@@ -117,7 +120,8 @@ class StrokeBatches(torch.utils.data.Dataset):
         self.starts = torch.from_numpy(drawings.offsets[:-1])
         self.lengths = torch.from_numpy(drawings.lengths)
         self.max_points = max_points
-        self.skipped = drawings.skipped
+        #: how many drawings were left out, by reason
+        self.skipped = dict(drawings.skipped)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -154,7 +158,7 @@ def read_drawings(data: DataSpec, per_class: int | None = None) -> StrokeDataset
     if data.name == "procedural":
         from ..data.procedural import procedural
 
-        return procedural()
+        return procedural().strokes
     if data.name not in ("quickdraw", "omniglot"):
         raise ValueError(f"data must be procedural, quickdraw or omniglot, got {data.name!r}")
     if data.root is None:
@@ -164,7 +168,6 @@ def read_drawings(data: DataSpec, per_class: int | None = None) -> StrokeDataset
 
         return load_quickdraw(data.root, per_class=per_class)
     from ..data.omniglot import load_omniglot_strokes
-    from ..data.strokes import simplify
 
     # sampled in time, thousands of points a drawing; the authors simplify by the same tolerance in pixels
     strokes = load_omniglot_strokes(data.root)
@@ -179,18 +182,32 @@ def split_classes(class_names: list[str], held_out: float, seed: int) -> tuple[l
     return class_split(class_names, train=count - away, seed=seed)
 
 
-def usable_drawings(drawings: StrokeDataset, class_names: list[str], max_points: int) -> StrokeDataset:
-    """The drawings of `class_names` that have 2 to `max_points` points and any extent, labels as they were."""
+def usable_drawings(
+    drawings: StrokeDataset, class_names: list[str], config: SketchEmbedNetConfig
+) -> StrokeDataset:
+    """The drawings of `class_names` of 2 to max_length + 1 points and any extent, simplified as configured.
+
+    Labels and class names stay as they were; what is left out of these classes is counted in `skipped`.
+    """
     wanted = [index for index, name in enumerate(drawings.class_names) if name in set(class_names)]
-    lengths = drawings.lengths
-    kept = drawings.subset(np.isin(drawings.labels, wanted) & (lengths >= 2) & (lengths <= max_points))
-    if len(kept):
-        kept = kept.subset(_extents(kept) > 0)
+    of_classes = drawings.subset(np.isin(drawings.labels, wanted) & (drawings.lengths >= 2))
+    if len(of_classes):
+        of_classes = of_classes.subset(_extents(of_classes) > 0)
+    if len(of_classes) and config.simplify_tolerance > 0:
+        of_classes = _simplified(of_classes, config.simplify_tolerance)
+    kept = of_classes.subset(of_classes.lengths <= config.max_length + 1)
     if not len(kept):
         raise ValueError(
-            f"data must hold drawings of 2 to {max_points} points, got none among its {len(drawings)}"
+            f"data must hold drawings of 2 to {config.max_length + 1} points, got none among {len(drawings)}"
         )
-    return kept
+    too_long = {f"longer than {config.max_length} offsets": len(of_classes) - len(kept)}
+    return replace(kept, skipped=drawings.skipped | too_long)
+
+
+def _simplified(drawings: StrokeDataset, tolerance: float) -> StrokeDataset:
+    extents = _extents(drawings).tolist()
+    sketches = [simplify(drawings[index][0], tolerance * extent) for index, extent in enumerate(extents)]
+    return StrokeDataset.from_sketches(sketches, drawings.labels, drawings.class_names)
 
 
 def _extents(drawings: StrokeDataset) -> NDArray[np.float32]:
@@ -249,6 +266,8 @@ class SketchEmbedNet(Method):
         if name == "small":
             return _shortened(
                 steps=2400,
+                max_length=40,
+                simplify_tolerance=0.02,
                 batch_size=64,
                 hidden_size=256,
                 hyper_size=64,
@@ -272,7 +291,7 @@ class SketchEmbedNet(Method):
         config = self.config
         drawings = read_drawings(data, config.drawings_per_class or None)
         names, _ = split_classes(drawings.class_names, config.held_out_classes, config.split_seed)
-        drawings = usable_drawings(drawings, names, config.max_length + 1)
+        drawings = usable_drawings(drawings, names, config)
         self.offset_scale.fill_(_offset_deviation(drawings))
         self.training_drawings.fill_(len(drawings))
         self.training_classes.fill_(len(np.unique(drawings.labels)))
@@ -496,7 +515,7 @@ def held_out_images(
         raise ValueError(
             f"held_out_classes must leave a class to evaluate on, got {config.held_out_classes!r}"
         )
-    drawings = usable_drawings(drawings, names, config.max_length + 1)
+    drawings = usable_drawings(drawings, names, config)
     order = np.random.default_rng(seed).permutation(len(drawings))
     rows = np.concatenate(
         [order[drawings.labels[order] == label][:per_class] for label in np.unique(drawings.labels)]
@@ -588,6 +607,7 @@ def training_facts(method: SketchEmbedNet) -> str:
         "embed_size",
         "mixture_components",
         "max_length",
+        "simplify_tolerance",
         "image_size",
     )
     different = [

@@ -89,7 +89,9 @@ def test_processes_change_nothing() -> None:
     rng = np.random.default_rng(5)
     vectors = rng.normal(size=(len(LABELS), 8))
     kwargs = {"way": 3, "shot": 1, "episodes": 60}
-    assert few_shot_accuracy(vectors, LABELS, jobs=2, **kwargs) == few_shot_accuracy(vectors, LABELS, **kwargs)
+    assert few_shot_accuracy(vectors, LABELS, jobs=2, **kwargs) == few_shot_accuracy(
+        vectors, LABELS, **kwargs
+    )
 
 
 def test_embeddings_are_checked() -> None:

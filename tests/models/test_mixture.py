@@ -74,11 +74,15 @@ def test_likeliest_component_and_its_samples() -> None:
     assert best.correlation[0] == m.correlation[0, index]
     torch.manual_seed(1)
     noise = torch.randn(200_000, 1, 2, dtype=torch.float64)
-    drawn = mixture.sample_gaussian(mixture.Gaussian(*(part.expand(200_000, 1) for part in best)), noise)[:, 0]
+    drawn = mixture.sample_gaussian(mixture.Gaussian(*(part.expand(200_000, 1) for part in best)), noise)[
+        :, 0
+    ]
     sx, sy = torch.exp(best.log_sigma_x[0]), torch.exp(best.log_sigma_y[0])
     cross = best.correlation[0] * sx * sy
     want = torch.stack((torch.stack((sx**2, cross)), torch.stack((cross, sy**2))))
-    torch.testing.assert_close(drawn.mean(0), torch.stack((best.mean_x[0], best.mean_y[0])), atol=0.03, rtol=0)
+    torch.testing.assert_close(
+        drawn.mean(0), torch.stack((best.mean_x[0], best.mean_y[0])), atol=0.03, rtol=0
+    )
     torch.testing.assert_close(torch.cov(drawn.T), want, atol=0.03, rtol=0.03)
 
 
