@@ -119,14 +119,15 @@ def _stroke_order(parts: Sequence[Part], hand: DrawingStyle, rng: np.random.Gene
     """The parts to draw, in order; only small ones may be missing, or the object would be another."""
     count = len(parts)
     chances = rng.random((2, count)).tolist()
-    order = [
-        i for i in range(count) if chances[0][i] >= hand.missing or np.ptp(parts[i].points, 0).max() > 30
-    ]
-    order = order or [0]
+    order = [i for i in range(count) if chances[0][i] >= hand.missing or not _is_small(parts[i])] or [0]
     for place in range(len(order) - 1):
         if chances[1][place] < hand.shuffle:
             order[place], order[place + 1] = order[place + 1], order[place]
     return order
+
+
+def _is_small(part: Part) -> bool:
+    return bool(np.ptp(part.points, axis=0).max() < 20)
 
 
 def _closed_line(part: Part, overshoot: float, phase: float = 0.0) -> Points:
