@@ -158,7 +158,7 @@ def read_drawings(data: DataSpec, per_class: int | None = None) -> StrokeDataset
     if data.name == "procedural":
         from ..data.procedural import procedural
 
-        return procedural().strokes
+        return procedural()
     if data.name not in ("quickdraw", "omniglot"):
         raise ValueError(f"data must be procedural, quickdraw or omniglot, got {data.name!r}")
     if data.root is None:
