@@ -322,6 +322,71 @@ def test_info_tells_each_ops_impl(capfd):
     assert "_C (cpu)" in text
 
 
+# --- SketchEmbedNet end to end ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Path:
+    """The tiny demo's run."""
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    assert main(["demo", "--preset", "tiny", "--out", str(out)]) == 0
+    return out
+
+
+def test_demo_trains_evaluates_and_reports(demo):
+    results = json.loads((demo / "results.json").read_text())
+    assert results["training"]["step"] == 3
+    rows = results["evaluations"]["fewshot on procedural"]["tables"][0]["rows"]
+    assert all(0 < row["trained"] <= 100 and 0 < row["untrained"] <= 100 for row in rows)
+    html = (demo / "report.html").read_text()
+    assert "sketchembednet on procedural" in html
+    assert "untrained" in html
+    assert html.count("data:image/png") >= 2
+    assert float(dict(csv_row(demo))["loss"]) > 0
+
+
+def csv_row(run: Path) -> list[tuple[str, str]]:
+    head, *rows = (run / "metrics.csv").read_text().splitlines()
+    return list(zip(head.split(","), rows[-1].split(","), strict=True))
+
+
+def test_draw_writes_png_and_svg(demo, tmp_path, capfd):
+    draw_png(tmp_path / "a.png")
+    words = [
+        "draw",
+        str(demo),
+        str(tmp_path / "a.png"),
+        "--out",
+        str(tmp_path / "new" / "b.png"),
+        "--scale",
+        "4",
+    ]
+    assert main([*words, "--temperature", "0.8", "--seed", "1"]) == 0
+    png, svg = tmp_path / "new" / "b.png", tmp_path / "new" / "b.svg"
+    assert Image.open(png).size == (112, 112)
+    assert svg.read_text().startswith("<svg")
+    first = svg.read_text()
+    assert main([*words, "--temperature", "0.8", "--seed", "1"]) == 0
+    assert svg.read_text() == first
+    assert main([*words, "--temperature", "0.8", "--seed", "2"]) == 0
+    assert svg.read_text() != first
+
+
+def test_sketchembednet_resumes_bit_for_bit(demo, tmp_path):
+    words = ["train", "sketchembednet", "--preset", "tiny", "--accelerator", "cpu", "--log-every", "1"]
+    states = []
+    for name, stops in (("whole", (4,)), ("parts", (2, 4))):
+        out = str(tmp_path / name)
+        for stop in stops:
+            more = ["--resume"] if stop != stops[0] else []
+            assert main([*words, "--out", out, "--steps", str(stop), *more]) == 0
+        states.append(read_checkpoint(tmp_path / name / "checkpoints" / "step-000000004.pt"))
+    for key, value in states[0]["model"].items():
+        assert torch.equal(value, states[1]["model"][key]), key
+    rows = [(tmp_path / name / "metrics.csv").read_bytes() for name in ("whole", "parts")]
+    assert rows[0] == rows[1]
+
+
 def test_demo_takes_a_free_folder(tmp_path):
     for name in ("demo", "demo-2"):
         assert cli._free_folder(tmp_path / "demo") == tmp_path / name
