@@ -164,7 +164,7 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(rest, 60)
     if hours:
         return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
 def _data_url(png: bytes) -> str:
