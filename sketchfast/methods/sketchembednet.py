@@ -60,11 +60,11 @@ class SketchEmbedNetConfig(TrainConfig):
     lr_decay: float = 0.85
     """factor on the learning rate each lr_decay_steps, applied continuously"""
     lr_decay_steps: int = 15_000
-    """steps over which the learning rate falls by lr_decay"""
+    """steps over which the learning rate falls by lr_decay; 0 takes the paper's share of steps, a 20th"""
     alpha_step: float = 0.05
     """what alpha, the weight of the pixel loss, gains each alpha_interval"""
     alpha_interval: int = 10_000
-    """steps between gains of alpha"""
+    """steps between gains of alpha; 0 takes the paper's share of steps, a 30th"""
     alpha_max: float = 0.5
     """cap of alpha; 0.75 for Sketchy"""
     pixel_loss_above: float = 0.1
@@ -79,25 +79,21 @@ class SketchEmbedNetConfig(TrainConfig):
     def __post_init__(self) -> None:
         if self.encoder not in ENCODERS:
             raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {self.encoder!r}")
-        for name in ("image_size", "max_length", "latent_size", "mixture_components", "alpha_interval"):
+        for name in ("image_size", "max_length", "latent_size", "mixture_components"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+        for name in ("alpha_interval", "lr_decay_steps", "drawings_per_class"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
         for name in ("alpha_max", "held_out_classes", "simplify_tolerance"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
 
 
-def _shortened(steps: int, **sizes: Any) -> SketchEmbedNetConfig:
-    """The paper's config with `steps` steps and its schedules shrunk in proportion."""
+def _share_of_steps(config: SketchEmbedNetConfig, field: str) -> int:
+    """A schedule's interval in steps: as configured, or, where that is 0, in the paper's proportion."""
     paper = SketchEmbedNetConfig()
-    ratio = steps / paper.steps
-    return replace(
-        paper,
-        steps=steps,
-        lr_decay_steps=max(round(paper.lr_decay_steps * ratio), 1),
-        alpha_interval=max(round(paper.alpha_interval * ratio), 1),
-        **sizes,
-    )
+    return getattr(config, field) or max(round(config.steps * getattr(paper, field) / paper.steps), 1)
 
 
 class StrokeBatch(NamedTuple):
@@ -158,7 +154,10 @@ def read_drawings(data: DataSpec, per_class: int | None = None) -> StrokeDataset
     if data.name == "procedural":
         from ..data.procedural import procedural
 
-        return procedural()
+        if per_class is None:
+            return procedural()
+        styles = min(per_class, 5)
+        return procedural(instances=per_class // styles, styles=styles)
     if data.name not in ("quickdraw", "omniglot"):
         raise ValueError(f"data must be procedural, quickdraw or omniglot, got {data.name!r}")
     if data.root is None:
@@ -263,25 +262,30 @@ class SketchEmbedNet(Method):
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         if name == "paper":
             return SketchEmbedNetConfig()
+        short = SketchEmbedNetConfig(lr_decay_steps=0, alpha_interval=0)
         if name == "small":
-            return _shortened(
+            return replace(
+                short,
                 steps=2400,
+                batch_size=64,
                 max_length=40,
                 simplify_tolerance=0.02,
-                batch_size=64,
                 hidden_size=256,
                 hyper_size=64,
                 embed_size=16,
                 mixture_components=20,
             )
-        return _shortened(
+        return replace(
+            short,
             steps=3,
             batch_size=8,
+            max_length=24,
+            simplify_tolerance=0.02,
             hidden_size=16,
             hyper_size=8,
             embed_size=4,
             mixture_components=3,
-            max_length=24,
+            drawings_per_class=8,
         )
 
     # ---- data ----------------------------------------------------------------------------------------------
@@ -332,7 +336,9 @@ class SketchEmbedNet(Method):
     def alpha(self, step: int) -> float:
         """Weight of the pixel loss at training step `step`, counted from 0."""
         config = self.config
-        return min(config.alpha_max, config.alpha_step * ((step + 1) // config.alpha_interval))
+        return min(
+            config.alpha_max, config.alpha_step * ((step + 1) // _share_of_steps(config, "alpha_interval"))
+        )
 
     def loss(self, batch: StrokeBatch, step: int) -> dict[str, Tensor]:
         """L = L_pen + (1 - alpha) L_stroke + alpha L_pixel (Eq. 2), each a mean over batch and time.
@@ -360,10 +366,10 @@ class SketchEmbedNet(Method):
         return losses
 
     def pixel_loss(self, predicted: mixture.Mixture, batch: StrokeBatch) -> Tensor:
-        """Cross-entropy of the blurred rasters of prediction and drawing (Eqs. 5, 6; two-sided as in the code).
+        """Cross-entropy of the blurred rasters of prediction and drawing (Eqs. 5 and 6).
 
-        The prediction runs through samples of the likeliest component, from the drawing's own first point
-        and at the drawing's scale.
+        Two-sided, as in the authors' code. The prediction runs through samples of the likeliest component,
+        from the drawing's own first point and at the drawing's scale.
         """
         best = mixture.likeliest(predicted)
         noise = torch.randn(*best.mean_x.shape, 2, dtype=best.mean_x.dtype, device=best.mean_x.device)
@@ -385,7 +391,7 @@ class SketchEmbedNet(Method):
     def optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         """Adam, its rate decaying continuously by lr_decay each lr_decay_steps."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.config.learning_rate)
-        gamma = self.config.lr_decay ** (1 / self.config.lr_decay_steps)
+        gamma = self.config.lr_decay ** (1 / _share_of_steps(self.config, "lr_decay_steps"))
         return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
 
     # ---- use -----------------------------------------------------------------------------------------------
@@ -437,7 +443,9 @@ class SketchEmbedNet(Method):
             alive.append(~ended)
         sequence = torch.stack(rows, dim=1)
         lengths = torch.stack(alive, dim=1).sum(dim=1)
-        pens = sequence[..., 2 + PEN_DOWN] > 0.5
+        # from the last point the pen leads nowhere
+        inside = torch.arange(sequence.shape[1], device=z.device)[None] < lengths[:, None] - 1
+        pens = (sequence[..., 2 + PEN_DOWN] > 0.5) & inside
         return self._centre(torch.cumsum(sequence[..., :2], dim=1)), pens, lengths
 
     def _centre(self, points: Tensor) -> Tensor:
@@ -470,7 +478,7 @@ class SketchEmbedNet(Method):
         }
 
 
-# ---- the paper's protocol --------------------------------------------------------------------------------------
+# ---- the paper's protocol ----------------------------------------------------------------------------------
 
 #: Table 1 of the paper, (way, shot) -> accuracy in percent and its 95% interval, Conv4
 PAPER_FEWSHOT = {

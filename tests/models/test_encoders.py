@@ -19,9 +19,23 @@ def test_features(encoder, features: int, size: tuple[int, int]) -> None:
     assert (out >= 0).all()  # both end in ReLU, pool and mean
 
 
+def biased_variance(x: torch.Tensor, **kwargs) -> torch.Tensor:
+    return torch.var(x, unbiased=False, **kwargs)
+
+
 def test_conv4_is_that_of_the_paper() -> None:
-    kinds = [type(layer) for layer in Conv4().blocks[0]]
-    assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d]
+    model = Conv4().train()
+    image = torch.rand(4, 1, 28, 28)
+    x = image
+    for convolution, norm in ((block[0], block[1]) for block in model.blocks):
+        mean, variance = (
+            f(convolution(x), dim=(0, 2, 3), keepdim=True) for f in (torch.mean, biased_variance)
+        )
+        shape = (1, -1, 1, 1)
+        x = (convolution(x) - mean) / torch.sqrt(variance + norm.eps)
+        x = x * norm.weight.view(shape) + norm.bias.view(shape)
+        x = torch.nn.functional.max_pool2d(torch.relu(x), 2)
+    torch.testing.assert_close(model(image), x.mean((2, 3)), rtol=1e-4, atol=1e-4)
     convolutions = [m for m in Conv4(3).modules() if isinstance(m, nn.Conv2d)]
     assert [(c.in_channels, c.out_channels, c.kernel_size) for c in convolutions] == [
         (3, 64, (3, 3)),
