@@ -9,7 +9,6 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -374,11 +373,12 @@ py::tuple parse_ndjson(const py::bytes& data) {
 // ---- build
 // -----------------------------------------------------------------------------------------
 
-#ifndef SKETCHFAST_BUILD_OPTIONS
-#define SKETCHFAST_BUILD_OPTIONS ""
+// Set by CMake: the instruction sets of the CPU kernels, and what was decided about CUDA and why.
+#ifndef SKETCHFAST_BUILD_ISAS
+#define SKETCHFAST_BUILD_ISAS ""
 #endif
-#ifndef SKETCHFAST_VERSION
-#define SKETCHFAST_VERSION ""
+#ifndef SKETCHFAST_BUILD_CUDA
+#define SKETCHFAST_BUILD_CUDA ""
 #endif
 
 py::dict build_info() {
@@ -394,8 +394,8 @@ py::dict build_info() {
   py::dict info;
   info["compiler"] = compiler;
   info["cxx_standard"] = static_cast<int64_t>(__cplusplus);
-  info["build_options"] = SKETCHFAST_BUILD_OPTIONS;
-  info["version"] = SKETCHFAST_VERSION;
+  info["isas"] = SKETCHFAST_BUILD_ISAS;
+  info["cuda"] = SKETCHFAST_BUILD_CUDA;
   return info;
 }
 
@@ -403,8 +403,9 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_host, module) {
   module.doc() = "Parsers of stroke files and facts about the build.";
-  module.def("build_info", &build_info,
-             "What this module was built with: compiler, cxx_standard, build_options, version.");
+  module.def(
+      "build_info", &build_info,
+      "What this module was built with: compiler, cxx_standard, isas (of the CPU kernels), cuda.");
   module.def("parse_bin", &parse_bin, py::arg("data"),
              "QuickDraw .bin -> (points float32 [N,2], pens uint8 [N], offsets int64 [n+1], "
              "key_ids uint64 [n],\n"

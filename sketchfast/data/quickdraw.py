@@ -222,11 +222,10 @@ def _all_numbers(values: list[Any]) -> bool:
 
 
 def _key_id(value: Any) -> int:
-    """The key as an integer below 2^64, 0 for what is none."""
+    """The key, digits or an integer, as a number below 2^64; 0 for what is none."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 20:
-        number = int(value)
-        return number if number < 1 << 64 else 0
-    return 0
+        value = int(value)
+    return value if type(value) is int and 0 <= value < 1 << 64 else 0
 
 
 # ---- bin ---------------------------------------------------------------------------------------------------
