@@ -514,9 +514,11 @@ def data_command(args: Sequence[str]) -> int:
     if args[0] != "prepare":
         raise UsageError(f"data has the command prepare, got {args[0]!r}; usage: {usage}")
     name, root = _positionals(args[1:], ("NAME", "ROOT"), "sketchfast data prepare")
-    from .data import prepare  # type: ignore[attr-defined]
+    from .data.prepare import prepare
 
-    prepare(name, Path(root))
+    path, drawings = prepare(name, Path(root), progress=True)
+    skipped = ", ".join(f"{count} {reason}" for reason, count in drawings.skipped.items()) or "none"
+    print(f"{len(drawings)} drawings of {len(drawings.class_names)} classes, skipped: {skipped}\n{path}")
     return 0
 
 
@@ -584,11 +586,7 @@ def demo_command(args: Sequence[str]) -> int:
     _check_impl(options.impl)
     preset = get_method("sketchembednet").preset(options.preset)
     steps = options.steps or DEMO_STEPS[options.preset]
-    shorter = {  # the schedules keep their share of the run
-        name: max(1, round(getattr(preset, name) * steps / preset.steps))
-        for name in ("lr_decay_steps", "alpha_interval")
-    }
-    config = dataclasses.replace(preset, steps=steps, impl=options.impl, **shorter)
+    config = dataclasses.replace(preset, steps=steps, impl=options.impl)
     out = _free_folder(options.out)
     every = max(1, steps // 4)
     run = RunOptions(out, seed=options.seed, checkpoint_every=every, picture_every=every)

@@ -178,6 +178,31 @@ def test_embed_skips_and_counts_broken_files(run, tmp_path, capfd):
     np.testing.assert_array_equal(stored["embeddings"][0], stored["embeddings"][1])
 
 
+# --- data -------------------------------------------------------------------------------------------------
+
+
+def test_prepared_data_is_used_until_its_files_change(tmp_path, capfd):
+    from sketchfast.data.prepare import load_prepared
+
+    line = '{"word": "cat", "drawing": [[[0, 9, 20], [0, 9, 3]]], "recognized": true, "key_id": "1"}\n'
+    (tmp_path / "cat.ndjson").write_text(line * 3 + "{broken\n")
+    assert load_prepared("quickdraw", tmp_path) is None
+    assert main(["data", "prepare", "quickdraw", str(tmp_path)]) == 0
+    assert "3 drawings of 1 classes, skipped: 1 " in capfd.readouterr().out
+    first = load_prepared("quickdraw", tmp_path)
+    assert first is not None
+    assert len(first) == 3
+    assert sum(first.skipped.values()) == 1
+    (tmp_path / "cat.ndjson").write_text(line * 5)
+    with pytest.warns(RuntimeWarning, match="its files changed"):
+        assert load_prepared("quickdraw", tmp_path) is None
+    assert main(["data", "prepare", "quickdraw", str(tmp_path)]) == 0
+    assert len(load_prepared("quickdraw", tmp_path) or ()) == 5
+    next(tmp_path.glob(".sketchfast*")).write_bytes(b"damaged")
+    with pytest.warns(RuntimeWarning, match="passed over"):
+        assert load_prepared("quickdraw", tmp_path) is None
+
+
 # --- report -----------------------------------------------------------------------------------------------
 
 
@@ -261,6 +286,8 @@ def test_mistakes_end_in_one_line_and_code_2(run, tmp_path, capfd):
         ("draw", empty, image): "is not a run folder",
         ("draw", run, text): "cannot identify image file",
         ("data", "fetch", "x"): "data has the command prepare",
+        ("data", "prepare", "nothing", empty): "name must be one of omniglot, quickdraw, got 'nothing'",
+        ("data", "prepare", "quickdraw"): "ROOT is missing",
     }
     for args, message in cases.items():
         printed = failure(capfd, *args)
