@@ -1,5 +1,5 @@
-// Checks that guard memory. Arguments are validated in Python; these repeat only what a kernel's pointer
-// arithmetic relies on, with the value in the message.
+// Checks that guard memory. Arguments are validated in Python; these repeat only what a kernel's
+// pointer arithmetic relies on, with the value in the message.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,12 +1,16 @@
 // The mathematics of stroke rasterization, for one pixel and one segment, on host and device.
 //
-// `V` is a real number on the GPU and a vector of them on the CPU, so that the CPU tests exercise the very
-// expressions the GPU runs. Functions on V need overloads of minimum, maximum, exponential and logarithm
-// and a comparison that `select` takes (scalars: below; CPU vectors: cpu/simd.h).
+// `V` is a real number on the GPU and a vector of them on the CPU, so that the CPU tests exercise
+// the very expressions the GPU runs. Functions on V need overloads of minimum, maximum, exponential
+// and logarithm and a comparison that `select` takes (scalars: below; CPU vectors: cpu/simd.h).
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+
+#if defined(SKETCHFAST_ISA)
+#include "cpu/simd.h"  // first: overloads on vectors are not found by argument
+#endif
 
 #if defined(__CUDACC__)
 #define SKETCHFAST_HD __host__ __device__ __forceinline__
@@ -15,6 +19,11 @@
 #endif
 
 namespace sketchfast {
+// Each instruction set's copy has a namespace of its own: merged by the linker, the widest could
+// end up in the path of a machine that lacks it.
+#if defined(SKETCHFAST_ISA)
+inline namespace SKETCHFAST_ISA {
+#endif
 
 SKETCHFAST_HD float minimum(float a, float b) { return a < b ? a : b; }
 SKETCHFAST_HD float maximum(float a, float b) { return a > b ? a : b; }
@@ -34,18 +43,20 @@ SKETCHFAST_HD double logarithm(double x) { return ::log(x); }
 
 namespace raster {
 
-// Ink below the cutoff is dropped: images may lose intensities under 2^-24 (2^-54 in float64), the loss,
-// whose logarithm starts at 1e-7, must stay within 1e-6.
+// Ink below the cutoff is dropped. An image may lose all under 2^-24, but the slopes of a long
+// segment's many dim pixels add up, so the cutoff is lower; the loss, whose logarithm starts at
+// 1e-7, must stay within 1e-6.
 template <typename real>
-constexpr double kImageCutoff = sizeof(real) == 8 ? 5.5e-17 : 5.9e-8;
+constexpr double kImageCutoff = sizeof(real) == 8 ? 5.5e-17 : 2e-10;
 template <typename real>
 constexpr double kLossCutoff = sizeof(real) == 8 ? 5.5e-17 : 1e-13;
-// A segment shorter than the root of this is a dot: the inverse of its squared length would overflow.
+// A segment shorter than the root of this is a dot: the inverse of its squared length would
+// overflow.
 template <typename real>
 constexpr double kDotLength2 = sizeof(real) == 8 ? 1e-290 : 1e-30;
 
-// The distance in pixels past which ink = sigmoid(offset - sharpness * d2) is below `cutoff`; negative
-// where ink never reaches it.
+// The distance in pixels past which ink = sigmoid(offset - sharpness * d2) is below `cutoff`;
+// negative where ink never reaches it.
 SKETCHFAST_HD double reach(double sharpness, double offset, double cutoff) {
   const double reach2 = (offset - ::log(cutoff / (1 - cutoff))) / sharpness;
   return reach2 > 0 ? ::sqrt(reach2) : -1.0;
@@ -61,9 +72,10 @@ struct Segment {
   real scale;
 };
 
-// The part of a..b inside the rectangle, or false. In double, so that ends far off the canvas cost no
-// precision: a pixel inside sees the same nearest point as with the whole segment wherever that point is
-// inside too. Coordinates up to 1e150 do not overflow.
+// Whether a..b meets the rectangle, and the segment to compute with: a..b itself, whose ends are
+// exact, or, where an end lies so far off that float32 would lose the pixel grid, the part inside
+// the rectangle. There a pixel sees the same nearest point as with the whole segment wherever that
+// point is inside too. In double: coordinates up to 1e150 do not overflow.
 template <typename real>
 SKETCHFAST_HD bool clip(double ax, double ay, double bx, double by, double x0, double y0, double x1,
                         double y1, Segment<real>* out) {
@@ -84,9 +96,16 @@ SKETCHFAST_HD bool clip(double ax, double ay, double bx, double by, double x0, d
     last = minimum(last, maximum(at0, at1));
   }
   if (!(first <= last)) return false;
+  const double extent = maximum(maximum(::fabs(ax), ::fabs(ay)), maximum(::fabs(bx), ::fabs(by)));
+  if (extent <= 4 * maximum(x1, y1)) {
+    first = 0;
+    last = 1;
+  }
   const double cx = first > 0 ? ax + first * dx : ax, cy = first > 0 ? ay + first * dy : ay;
   const double ex = last < 1 ? ax + last * dx : bx, ey = last < 1 ? ay + last * dy : by;
-  const double px = ex - cx, py = ey - cy, length2 = px * px + py * py;
+  // Rounded first: the projection must be on the very direction that `gap_to` walks along.
+  const double px = static_cast<real>(ex - cx), py = static_cast<real>(ey - cy);
+  const double length2 = px * px + py * py;
   const double inverse = length2 > kDotLength2<real> ? 1 / length2 : 0;
   out->x = static_cast<real>(cx);
   out->y = static_cast<real>(cy);
@@ -99,7 +118,8 @@ SKETCHFAST_HD bool clip(double ax, double ay, double bx, double by, double x0, d
   return true;
 }
 
-// From the nearest point of a segment to the pixel: the gap, and where along the segment the point lies.
+// From the nearest point of a segment to the pixel: the gap, and where along the segment the point
+// lies.
 template <typename V>
 struct Gap {
   V x, y, fraction;
@@ -111,6 +131,16 @@ SKETCHFAST_HD Gap<V> gap_to(const Segment<real>& s, V from_x, V from_y) {
   const V along = from_x * s.ux + from_y * s.uy;
   const V fraction = minimum(maximum(along, V{} + real(0)), V{} + real(1));
   return {from_x - fraction * s.dx, from_y - fraction * s.dy, fraction};
+}
+
+// The gap with its part along the segment, which rounding left, taken out: the squared length does
+// not feel it, but the gradient by the envelope theorem does, to first order.
+template <typename V, typename real>
+SKETCHFAST_HD Gap<V> refined(const Segment<real>& s, const Gap<V>& gap) {
+  const V along = gap.x * s.ux + gap.y * s.uy;
+  const auto inside = (gap.fraction > real(0)) & (gap.fraction < real(1));
+  const V excess = select(inside, along, V{} + real(0));
+  return {gap.x - excess * s.dx, gap.y - excess * s.dy, gap.fraction};
 }
 
 template <typename V>
@@ -131,7 +161,8 @@ SKETCHFAST_HD V distance2_slope(V grad_ink, V ink, real sharpness) {
 }
 
 // d loss / d (start x, start y, end x, end y) summed over a segment's pixels. The nearest point is
-// (1 - u) start + u end, so by the envelope theorem d d2/d start = -2 (1-u) gap, d d2/d end = -2 u gap.
+// (1 - u) start + u end, so by the envelope theorem d d2/d start = -2 (1-u) gap, d d2/d end = -2 u
+// gap.
 template <typename V>
 struct SegmentGrad {
   V start_x, start_y, end_x, end_y;
@@ -148,23 +179,33 @@ SKETCHFAST_HD void accumulate(SegmentGrad<V>* sum, const Segment<real>& s, const
   sum->start_y += grad_y - fraction * grad_y;
 }
 
-// Two-sided cross-entropy of one pixel, p clamped to [1e-7, 1 - 1e-7], and its slope in p (0 where the
-// clamp holds). 1 - p is clamped for itself: rounding 1 - 1e-7 to float would lose a sixth of it.
+// Two-sided cross-entropy of one pixel, p clamped to [1e-7, 1 - 1e-7], and its slope in p (0 where
+// the clamp holds). log(1 - p) gets back what rounding took from 1 - p, and 1 - p its own clamp:
+// most pixels of a sketch have p near 0, and float32 would lose them.
 template <typename V>
 struct Loss {
   V value, slope;
 };
 
 template <typename V, typename real>
-SKETCHFAST_HD Loss<V> cross_entropy(V p, V target, real clamp = real(1e-7)) {
-  const V paper = real(1) - p;
-  const V p_safe = maximum(p, V{} + clamp), paper_safe = maximum(paper, V{} + clamp);
-  const V value =
-      -(target * logarithm(p_safe) + (real(1) - target) * logarithm(paper_safe));
-  const V slope = (p - target) / (p_safe * paper_safe);
+SKETCHFAST_HD Loss<V> cross_entropy(V p, V target) {
+  const real least = real(1e-7), most = real(1) - least;
+  const V safe_p = maximum(p, V{} + least);
+  const V rounded = real(1) - safe_p, lost = (real(1) - rounded) - safe_p;
+  const V paper = maximum(rounded, V{} + least);
+  const V log_ink = logarithm(minimum(safe_p, V{} + most));
+  const V log_paper = logarithm(paper) + lost / paper;
+  const V value = -(target * log_ink + (real(1) - target) * log_paper);
+  const V slope = (p - target) / (safe_p * paper);
   const V zero = V{} + real(0);
-  return {value, select(p < clamp, zero, select(paper < clamp, zero, slope))};
+  return {value, select(p < least, zero, select(p > most, zero, slope))};
 }
 
+// The value of a pixel without ink where the target has none either: -log(1 - 1e-7).
+constexpr double kBlankLoss = 1.00000005e-7;
+
 }  // namespace raster
+#if defined(SKETCHFAST_ISA)
+}
+#endif
 }  // namespace sketchfast

@@ -31,12 +31,12 @@ def _segment_dtype(points: Tensor) -> torch.dtype:
 def _fake_raster_fwd(impl: str):
     def fake(points, pen_down, lengths, height, width, *rest):
         dtype, save = rest[-2:]
-        shape, none = (points.shape[0], height, width), (0, height, width)
-        keeps_ink = save and impl == "native" and points.device.type == "cpu"
+        keeps_segment = save and not (impl == "native" and points.device.type == "cpu")
         return (
-            points.new_empty(shape, dtype=dtype),
-            points.new_empty(shape if save else none, dtype=_segment_dtype(points)),
-            points.new_empty(shape if keeps_ink else none, dtype=reference.compute_dtype(points.dtype)),
+            points.new_empty((points.shape[0], height, width), dtype=dtype),
+            points.new_empty(
+                (points.shape[0] if keeps_segment else 0, height, width), dtype=_segment_dtype(points)
+            ),
         )
 
     return fake
@@ -47,13 +47,13 @@ def _setup_raster(ctx: Any, inputs: tuple, output: tuple) -> None:
     if not save:
         raise RuntimeError("raster_fwd was called with save=False on points that require a gradient")
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(points, pen_down, lengths, *output[1:])
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(points, pen_down, lengths, output[1])
     ctx.scalars = scalars
 
 
 def _backward_raster(impl: str):
-    def backward(ctx: Any, grad: Tensor | None, _segment: None, _ink: None):
+    def backward(ctx: Any, grad: Tensor | None, _segment: None):
         if grad is None:
             return (None,) * 11
         op = getattr(torch.ops.sketchfast, f"raster_bwd_{impl}")
@@ -62,14 +62,14 @@ def _backward_raster(impl: str):
     return backward
 
 
-# Beside the image, for backward: the nearest segment of each pixel and, from native on CPU, its ink before
-# the blur. The GPU kernels form that again from the segment, which costs less than the memory traffic.
+# Beside the image, for backward: the nearest segment of each pixel. Native on CPU keeps none: finding it
+# again in cache costs less than the memory traffic.
 contract.define(
     "raster",
     "raster_fwd",
     "(Tensor points, Tensor pen_down, Tensor? lengths, SymInt height, SymInt width, float sharpness,"
     " float offset, float blur_sigma, SymInt blur_taps, ScalarType dtype, bool save)"
-    " -> (Tensor image, Tensor segment, Tensor ink)",
+    " -> (Tensor image, Tensor segment)",
     _fake_raster_fwd,
     setup_context=_setup_raster,
     backward=_backward_raster,
@@ -77,8 +77,8 @@ contract.define(
 contract.define(
     "raster",
     "raster_bwd",
-    "(Tensor grad, Tensor points, Tensor pen_down, Tensor? lengths, Tensor segment, Tensor ink,"
-    " float sharpness, float offset, float blur_sigma, SymInt blur_taps) -> Tensor",
+    "(Tensor grad, Tensor points, Tensor pen_down, Tensor? lengths, Tensor segment, float sharpness,"
+    " float offset, float blur_sigma, SymInt blur_taps) -> Tensor",
     lambda impl: lambda grad, points, *_: torch.empty_like(points),
 )
 

@@ -1,0 +1,125 @@
+// Vectors of the instruction set this file is compiled for, through the compiler's vector
+// extension: the same source serves AVX-512, AVX2, SSE2 and NEON. Nothing here may be shared
+// between instruction sets, so all of it lives in the namespace of one, and no standard container
+// is used.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#define SKETCHFAST_INLINE inline __attribute__((always_inline))
+
+namespace sketchfast {
+inline namespace SKETCHFAST_ISA {
+
+#if defined(SKETCHFAST_ISA_avx512)
+constexpr int kVectorBytes = 64;
+#elif defined(SKETCHFAST_ISA_avx2)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+typedef float FloatV __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Int32V __attribute__((vector_size(kVectorBytes)));
+typedef double DoubleV __attribute__((vector_size(kVectorBytes)));
+typedef int64_t Int64V __attribute__((vector_size(kVectorBytes)));
+
+template <typename real>
+struct Simd;
+template <>
+struct Simd<float> {
+  using V = FloatV;
+  using I = Int32V;
+  using Index = int32_t;
+};
+template <>
+struct Simd<double> {
+  using V = DoubleV;
+  using I = Int64V;
+  using Index = int64_t;
+};
+template <typename real>
+constexpr int kLanes = kVectorBytes / sizeof(real);
+
+template <typename V, typename T>
+SKETCHFAST_INLINE V load(const T* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));
+  return v;
+}
+template <typename V, typename T>
+SKETCHFAST_INLINE void store(T* to, V v) {
+  std::memcpy(to, &v, sizeof(V));
+}
+
+#define SKETCHFAST_VECTOR_FUNCTIONS(V, I)                                         \
+  SKETCHFAST_INLINE V minimum(V a, V b) { return a < b ? a : b; }                 \
+  SKETCHFAST_INLINE V maximum(V a, V b) { return a > b ? a : b; }                 \
+  SKETCHFAST_INLINE V select(I condition, V a, V b) { return condition ? a : b; } \
+  SKETCHFAST_INLINE I select(I condition, I a, I b) { return condition ? a : b; }
+SKETCHFAST_VECTOR_FUNCTIONS(FloatV, Int32V)
+SKETCHFAST_VECTOR_FUNCTIONS(DoubleV, Int64V)
+#undef SKETCHFAST_VECTOR_FUNCTIONS
+
+template <typename V>
+SKETCHFAST_INLINE auto sum_of_lanes(V v) {
+  constexpr int lanes = sizeof(V) / sizeof(v[0]);
+  auto sum = v[0];
+  for (int i = 1; i < lanes; ++i) sum += v[i];
+  return sum;
+}
+
+// e^x to 1 ulp or so. Cody and Waite's reduction to |r| <= ln(2)/2, then the series; x is clamped
+// to where the result is a normal number.
+SKETCHFAST_INLINE FloatV exponential(FloatV x) {
+  x = minimum(maximum(x, FloatV{} - 87.33f), FloatV{} + 88.37f);
+  const float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const FloatV biased = x * 1.44269504088896341f + to_integer;
+  const FloatV n = biased - to_integer;
+  FloatV r = x - n * 0.693145751953125f;
+  r = r - n * 1.42860682030941723e-6f;
+  FloatV series = FloatV{} + 1.0f / 5040;
+  series = series * r + 1.0f / 720;
+  series = series * r + 1.0f / 120;
+  series = series * r + 1.0f / 24;
+  series = series * r + 1.0f / 6;
+  series = series * r + 0.5f;
+  series = series * r * r + r + 1.0f;
+  Int32V bits, integer;
+  std::memcpy(&bits, &series, sizeof(bits));
+  std::memcpy(&integer, &biased, sizeof(integer));
+  bits += integer << 23;
+  std::memcpy(&series, &bits, sizeof(bits));
+  return series;
+}
+
+// log(x) for normal x > 0: x = 2^n m with m in [sqrt(1/2), sqrt(2)), log m = 2 artanh((m-1)/(m+1)).
+SKETCHFAST_INLINE FloatV logarithm(FloatV x) {
+  Int32V bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const Int32V exponent = (bits - 0x3f3504f3) >> 23;
+  bits -= exponent << 23;
+  FloatV m;
+  std::memcpy(&m, &bits, sizeof(m));
+  const FloatV n = __builtin_convertvector(exponent, FloatV);
+  const FloatV t = (m - 1.0f) / (m + 1.0f), t2 = t * t;
+  FloatV series = FloatV{} + 2.0f / 9;
+  series = series * t2 + 2.0f / 7;
+  series = series * t2 + 2.0f / 5;
+  series = series * t2 + 2.0f / 3;
+  return n * 0.693147180559945f + (t * 2.0f + t * t2 * series);
+}
+
+// float64 serves checks, not speed.
+SKETCHFAST_INLINE DoubleV exponential(DoubleV x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+SKETCHFAST_INLINE DoubleV logarithm(DoubleV x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_log(x[i]);
+  return x;
+}
+
+}  // namespace SKETCHFAST_ISA
+}  // namespace sketchfast
