@@ -388,7 +388,7 @@ def test_fewshot_on_held_out_classes() -> None:
     (table,) = fewshot(method, untrained, DataSpec(), episodes=4, ways=(3, 20), shots=(1, 2))
     assert [(row["way"], row["shot"]) for row in table.rows] == [(3, 1), (3, 2)]
     assert all(0 <= row[name] <= 100 for row in table.rows for name in ("trained", "untrained"))
-    assert "Not run, for want of classes: 20-way" in table.note
+    assert "Not run, for want of classes or images: 20-way 1-shot, 20-way 2-shot." in table.note
     assert (
         f"Trained 0 steps (paper 300000) on {int(method.training_drawings)} "
         f"drawings of {int(method.training_classes)} classes" in table.note
@@ -412,12 +412,12 @@ def test_fewshot_on_omniglot() -> None:
     method, untrained = make(0), make(1)
     data = DataSpec("omniglot", DATA / "omniglot")
     (table,) = fewshot(
-        method, untrained, data, episodes=3, ways=(5,), shots=(1,), split="evaluation", rotations=False
+        method, untrained, data, episodes=3, ways=(5,), shots=(1,), split="vinyals-val", rotations=False
     )
     (row,) = table.rows
     assert row["trained"] > 25  # chance is 20; even random features are above
     assert row["paper: SketchEmbedNet"] == "96.96 ± 0.17"
-    assert "13180 images of 659 classes" in table.note
+    assert "3440 images of 172 classes" in table.note
 
 
 @pytest.mark.skipif(not (DATA / "quickdraw").is_dir(), reason=f"no QuickDraw in {DATA}")
