@@ -147,40 +147,12 @@ class StrokeDataset(Dataset[tuple[Sketch, int]]):
 
     def save(self, path: str | Path) -> None:
         """Writes the packed cache, an `.npz` without pickles: to a temporary name first, then renamed."""
-        arrays = {f"extra_{name}": values for name, values in self.extra.items()}
-        if any(values.dtype.hasobject for values in arrays.values()):
-            raise TypeError("extra must hold no object arrays: they cannot be saved without pickle")
-        header = {
-            "version": CACHE_VERSION,
-            "class_names": self.class_names,
-            "skipped": self.skipped,
-            "info": self.info,
-        }
-        write_npz(
-            Path(path),
-            header,
-            points=self.points,
-            pen_down=self.pen_down,
-            offsets=self.offsets,
-            labels=self.labels,
-            **arrays,
-        )
+        _save(self, path, ("points", "pen_down", "offsets", "labels"))
 
     @classmethod
     def load(cls, path: str | Path) -> StrokeDataset:
         """Reads what `save` wrote; ValueError for any other or a damaged file."""
-        header, arrays = read_npz(Path(path), ("points", "pen_down", "offsets", "labels"))
-        extra = {k.removeprefix("extra_"): v for k, v in arrays.items() if k.startswith("extra_")}
-        return cls(
-            points=arrays["points"],
-            pen_down=arrays["pen_down"],
-            offsets=arrays["offsets"],
-            labels=arrays["labels"],
-            class_names=header["class_names"],
-            skipped=header["skipped"],
-            info=header["info"],
-            extra=extra,
-        )
+        return cls(**_load(path, ("points", "pen_down", "offsets", "labels")))
 
 
 @dataclass
@@ -213,6 +185,37 @@ class LabelledImages:
             labels=self.labels[index],
             extra={name: values[index] for name, values in self.extra.items()},
         )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the packed cache, as `StrokeDataset.save`."""
+        _save(self, path, ("images", "labels"))
+
+    @classmethod
+    def load(cls, path: str | Path) -> LabelledImages:
+        """Reads what `save` wrote; ValueError for any other or a damaged file."""
+        return cls(**_load(path, ("images", "labels")))
+
+
+def _save(data: StrokeDataset | LabelledImages, path: str | Path, arrays: Sequence[str]) -> None:
+    """Writes the arrays named, `extra`, and the rest as a JSON header."""
+    extra = {f"extra_{name}": values for name, values in data.extra.items()}
+    if any(values.dtype.hasobject for values in extra.values()):
+        raise TypeError("extra must hold no object arrays: they cannot be saved without pickle")
+    header = {
+        "version": CACHE_VERSION,
+        "class_names": data.class_names,
+        "skipped": data.skipped,
+        "info": data.info,
+    }
+    write_npz(Path(path), header, **{name: getattr(data, name) for name in arrays}, **extra)
+
+
+def _load(path: str | Path, required: Sequence[str]) -> dict[str, Any]:
+    """The fields that `_save` wrote."""
+    header, arrays = read_npz(Path(path), required)
+    extra = {k.removeprefix("extra_"): v for k, v in arrays.items() if k.startswith("extra_")}
+    fields = {name: arrays[name] for name in required}
+    return {**fields, **{k: header[k] for k in ("class_names", "skipped", "info")}, "extra": extra}
 
 
 def class_index(names: Sequence[str], name: str) -> int:
@@ -270,8 +273,8 @@ def read_npz(path: Path, required: Sequence[str]) -> tuple[dict[str, Any], dict[
         header = json.loads(str(arrays.pop("header")))
         if header["version"] != CACHE_VERSION:
             raise ValueError(f"its version is {header['version']}, this is version {CACHE_VERSION}")
-        for name in required:
-            arrays[name]
+        if missing := [name for name in required if name not in arrays]:
+            raise ValueError(f"it holds no {missing[0]}")
     except FileNotFoundError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile) as error:

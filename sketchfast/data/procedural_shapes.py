@@ -1094,7 +1094,7 @@ def bird(d: Draw) -> list[Part]:
 
 
 def owl(d: Draw) -> list[Part]:
-    wide, tall, eye, tuft = d(22, 29), d(34, 40), d(7, 10), d(6, 12)
+    wide, tall, eye, tuft = d(19, 32), d(30, 42), d(5.5, 10), d(4, 14)
     parts = [
         polygon(
             (50 + s * wide * 0.35, 54 - tall * 0.92),

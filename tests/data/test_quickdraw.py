@@ -65,7 +65,8 @@ def assert_parsed_equal(a: Q.Parsed, b: Q.Parsed) -> None:
 @both
 def test_ndjson_simplified(impl):
     parsed = Q.parse_ndjson(
-        ndjson(CAT, key_id="5891796615823360", recognized=True, countrycode="VE", timestamp="2017-03-02") + ndjson(DOG),
+        ndjson(CAT, key_id="5891796615823360", recognized=True, countrycode="VE", timestamp="2017-03-02")
+        + ndjson(DOG),
         impl=impl,
     )
     np.testing.assert_array_equal(parsed.points, [*CAT_POINTS, [1, 3], [2, 4]])
@@ -79,7 +80,9 @@ def test_ndjson_simplified(impl):
 @both
 def test_ndjson_raw_has_times_and_fractions(impl):
     parsed = Q.parse_ndjson(ndjson([[[1.5, 123.36000061035156], [-0.25, 1e2], [0, 17]]]), impl=impl)
-    np.testing.assert_array_equal(parsed.points, np.array([[1.5, -0.25], [123.36000061035156, 100]], np.float32))
+    np.testing.assert_array_equal(
+        parsed.points, np.array([[1.5, -0.25], [123.36000061035156, 100]], np.float32)
+    )
 
 
 BROKEN_LINES = {
@@ -113,7 +116,12 @@ def test_ndjson_broken_line_is_counted_and_the_rest_read(impl, line):
 
 @both
 def test_bin(impl):
-    data = bin_record(CAT, key=2**64 - 1) + bin_record(DOG, recognized=0) + bin_record([]) + bin_record([([], [])])
+    data = (
+        bin_record(CAT, key=2**64 - 1)
+        + bin_record(DOG, recognized=0)
+        + bin_record([])
+        + bin_record([([], [])])
+    )
     parsed = Q.parse_bin(data, impl=impl)
     np.testing.assert_array_equal(parsed.points, [*CAT_POINTS, [1, 3], [2, 4]])
     np.testing.assert_array_equal(parsed.pen_down, [*CAT_PENS, True, False])
@@ -179,7 +187,8 @@ def test_ndjson_parsers_agree_on_valid_and_mangled_lines(lines, data):
     assert_parsed_equal(Q.parse_ndjson(data, impl="native"), Q.parse_ndjson(data, impl="python"))
 
 
-ODD_NUMBERS = "-0 -0.0 0.1 00 01 1. .5 +1 1e3 1E-2 0.000000000000001 999999999999999 9999999999999999 - -. 1.2.3 0x1 1_0"
+ODD_NUMBERS = "-0 -0.0 0.1 00 01 1. .5 +1 1e3 1E-2 0.000000000000001 999999999999999 9999999999999999"
+ODD_NUMBERS += " - -. 1.2.3 0x1 1_0 123456789.123456 -123456789.1234567"
 
 
 @needs_host
@@ -223,7 +232,10 @@ def test_bin_parsers_agree_on_garbage(data):
 
 
 @needs_host
-@given(st.lists(st.lists(st.lists(st.integers(0, 255), max_size=5).map(lambda v: (v, v[::-1])), max_size=4)), st.data())
+@given(
+    st.lists(st.lists(st.lists(st.integers(0, 255), max_size=5).map(lambda v: (v, v[::-1])), max_size=4)),
+    st.data(),
+)
 def test_bin_parsers_agree_on_truncated_records(drawings, data):
     blob = b"".join(bin_record(d, recognized=-1) for d in drawings)
     blob = blob[: data.draw(st.integers(0, len(blob)))]

@@ -262,7 +262,11 @@ BAD_CALLS = {
     "points nan": (lambda: S.make_sketch([[np.nan, 0]], [1]), ValueError, "points must be finite"),
     "stroke3 width": (lambda: S.from_stroke3(np.zeros((4, 5))), ValueError, r"rows must have shape \[T, 3\]"),
     "stroke5 width": (lambda: S.from_stroke5(np.zeros((4, 3))), ValueError, r"rows must have shape \[T, 5\]"),
-    "stroke5 too long": (lambda: S.to_stroke5(TRIANGLE, 4), ValueError, "max_len must be at least .* 5 points"),
+    "stroke5 too long": (
+        lambda: S.to_stroke5(TRIANGLE, 4),
+        ValueError,
+        "max_len must be at least .* 5 points",
+    ),
     "quickdraw lists": (lambda: S.from_quickdraw([[[1, 2], [3]]]), ValueError, r"drawing\[0\]"),
     "svg spacing": (lambda: S.from_svg("<svg/>", spacing=0), ValueError, "spacing must be > 0"),
     "empty box": (lambda: S.bounding_box(S.from_strokes([])), ValueError, "at least one point"),

@@ -1,0 +1,272 @@
+"""The packed data set and its cache, safe unpickling, and access to folders and zips."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sketch_strategies import assert_same, sketches
+
+from sketchfast.data.archive import LayoutError, layout_error, open_tree
+from sketchfast.data.dataset import LabelledImages, StrokeDataset
+from sketchfast.data.safe_pickle import UnsafePickleError, load_arrays, load_npy
+from sketchfast.data.strokes import make_sketch
+
+
+def dataset(items, names=("a", "b", "c")) -> StrokeDataset:
+    labels = [i % len(names) for i in range(len(items))]
+    extra = {"key": np.array([f"k{i}" for i in range(len(items))], np.str_), "number": np.arange(len(items))}
+    return StrokeDataset.from_sketches(
+        items, labels, names, skipped={"broken": 2}, info={"dataset": "test"}, extra=extra
+    )
+
+
+# ---- packed data set ---------------------------------------------------------------------------------------
+
+
+@given(st.lists(sketches(max_points=8), max_size=8), st.data())
+def test_items_and_subsets(items, data):
+    ds = dataset(items)
+    assert len(ds) == len(items)
+    for i, sketch in enumerate(items):
+        assert_same(ds[i][0], sketch)
+        assert ds[i][1] == ds[i - len(items)][1] == i % 3
+    index = data.draw(st.lists(st.integers(-len(items), len(items) - 1), max_size=6)) if items else []
+    part = ds.subset(index)
+    assert len(part) == len(index)
+    for row, i in enumerate(index):
+        assert_same(part[row][0], items[i])
+        assert part.extra["number"][row] == i % len(items)
+
+
+@given(items=st.lists(sketches(max_points=8), max_size=5))
+def test_cache_round_trip(tmp_path_factory, items):
+    path = tmp_path_factory.mktemp("cache") / "made" / "strokes.npz"
+    ds = dataset(items)
+    ds.save(path)
+    back = StrokeDataset.load(path)
+    for name in ("points", "pen_down", "offsets", "labels"):
+        assert getattr(back, name).tobytes() == getattr(ds, name).tobytes()
+        assert getattr(back, name).dtype == getattr(ds, name).dtype
+    assert (back.class_names, back.skipped, back.info) == (ds.class_names, ds.skipped, ds.info)
+    np.testing.assert_array_equal(back.extra["key"], ds.extra["key"])
+    assert [p.name for p in path.parent.iterdir()] == ["strokes.npz"]  # no temporary file stays
+
+
+def test_image_cache_round_trip(tmp_path):
+    images = LabelledImages(
+        np.arange(24, dtype=np.uint8).reshape(2, 3, 4),
+        np.array([1, 0]),
+        ["a", "b"],
+        {"x": 1},
+        {},
+        {"k": np.ones(2)},
+    )
+    images.save(tmp_path / "i.npz")
+    back = LabelledImages.load(tmp_path / "i.npz").subset([1])
+    np.testing.assert_array_equal(back.images, images.images[1:])
+    assert (back.class_names, back.skipped, len(back.extra["k"])) == (["a", "b"], {"x": 1}, 1)
+    with pytest.raises(ValueError, match="it holds no points"):
+        StrokeDataset.load(tmp_path / "i.npz")
+
+
+def test_failed_save_leaves_the_old_cache(tmp_path, monkeypatch):
+    ds = dataset([])
+    ds.save(tmp_path / "c.npz")
+    before = (tmp_path / "c.npz").read_bytes()
+
+    def fail(file, **_):
+        file.write(b"half a file")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError, match="disk full"):
+        ds.save(tmp_path / "c.npz")
+    assert (tmp_path / "c.npz").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_damaged_caches_are_refused(tmp_path):
+    path = tmp_path / "c.npz"
+    dataset([]).save(path)
+    whole = path.read_bytes()
+    for data in (b"", b"text", whole[: len(whole) // 2]):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="no readable cache"):
+            StrokeDataset.load(path)
+    np.savez(path, points=np.zeros(3))
+    with pytest.raises(ValueError, match="no readable cache"):
+        StrokeDataset.load(path)
+    with pytest.raises(FileNotFoundError):
+        StrokeDataset.load(tmp_path / "none.npz")
+
+
+def test_select_classes_relabels():
+    assert len(dataset([]).select_classes(["b"])) == 0
+    items = [make_sketch([[i, i]], [0]) for i in range(6)]
+    part = dataset(items).select_classes(["c", "a"])
+    assert part.class_names == ["c", "a"]
+    np.testing.assert_array_equal(part.labels, [1, 0, 1, 0])
+    np.testing.assert_array_equal(part.points[:, 0], [0, 2, 3, 5])
+
+
+def test_inconsistent_data_sets_are_refused():
+    good = {
+        "points": np.zeros((2, 2), np.float32),
+        "pen_down": np.zeros(2, bool),
+        "offsets": np.array([0, 2]),
+        "labels": np.array([0]),
+        "class_names": ["a"],
+    }
+    StrokeDataset(**good)
+    for name, value, message in [
+        ("points", np.zeros((2, 2)), "points must be float32"),
+        ("pen_down", np.zeros(3, bool), r"pen_down must be bool \[2\]"),
+        ("offsets", np.array([0, 3]), "offsets must have"),
+        ("labels", np.array([1]), r"labels must be in \[0, 1\)"),
+        ("extra", {"x": np.zeros(2)}, "must have 1 rows"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            StrokeDataset(**{**good, name: value})
+    with pytest.raises(IndexError):
+        StrokeDataset(**good)[1]
+    with pytest.raises(IndexError, match="indices must be in"):
+        StrokeDataset(**good).subset([1])
+    with pytest.raises(TypeError, match="indices must be one-dimensional integers"):
+        StrokeDataset(**good).subset([0.5])
+
+
+# ---- pickles -----------------------------------------------------------------------------------------------
+
+ARRAYS = [
+    np.arange(6, dtype=np.int16).reshape(2, 3),
+    np.arange(6, dtype=">f4").reshape(3, 2),
+    np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    np.zeros((0, 3), np.uint8),
+    np.array(2.5),
+    np.array([True, False]),
+]
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4])
+def test_numeric_arrays_of_every_protocol_are_read(protocol):
+    outer = np.empty(len(ARRAYS), object)
+    for i, array in enumerate(ARRAYS):
+        outer[i] = array
+    for value in (outer, list(ARRAYS)):
+        back = load_arrays(pickle.dumps(value, protocol))
+        for got, expected in zip(back, ARRAYS, strict=True):
+            np.testing.assert_array_equal(got, expected)
+    assert load_arrays(pickle.dumps({"a": np.float32(1.5), "b": [1, "x", None]}, protocol)) == {
+        "a": 1.5,
+        "b": [1, "x", None],
+    }
+
+
+def test_python2_pickle_is_read_as_latin1():
+    # protocol 2 as Python 2 wrote it: the bytes of the array are a str
+    array = np.array([1, 255, 128], np.uint8)
+    data = (
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        b"(K\x01K\x03\x85cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        b"\x89U\x03\x01\xff\x80tb."
+    )
+    np.testing.assert_array_equal(load_arrays(data), array)
+
+
+class _Call:
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def _reconstructed(state: tuple) -> bytes:
+    """A pickle of an array with the given state, as numpy would write it."""
+
+    class Fake:
+        def __reduce__(self):
+            reconstruct = np.zeros(1).__reduce__()[0]
+            return reconstruct, (np.ndarray, (0,), b"b"), state
+
+    return pickle.dumps(Fake(), 2)
+
+
+FLOAT = np.dtype("f8")
+HOSTILE = {
+    "eval": pickle.dumps(_Call(eval, "1+1")),
+    "os.system": b"cposix\nsystem\n(S'true'\ntR.",
+    "getattr": pickle.dumps(_Call(getattr, "text", "upper")),
+    "numpy function": pickle.dumps(_Call(np.frombuffer, b"12345678")),
+    "numpy submodule": b"cnumpy.testing._private.utils\nrunstring\n(S'x=1'\n}tR.",
+    "persistent id": b"Pevil\n.",
+    "codec": pickle.dumps(_Call(__import__("codecs").encode, "text", "rot13"), 2),
+    "class": pickle.dumps(ValueError),
+    "shape beyond the data": _reconstructed((1, (10**9,), FLOAT, False, b"\0" * 8)),
+    "negative shape": _reconstructed((1, (-1,), FLOAT, False, b"")),
+    "object data missing": _reconstructed((1, (3,), np.dtype(object), False, [])),
+    "object in object": _reconstructed((1, (1,), np.dtype(object), False, [object()])),
+    "structured dtype": pickle.dumps(np.zeros(2, [("a", "i4")]), 2),
+    "void dtype": pickle.dumps(np.zeros(2, "V8"), 2),
+    "odd state": _reconstructed((1, (1,))),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickles_are_refused(name):
+    with pytest.raises(UnsafePickleError):
+        load_arrays(HOSTILE[name])
+
+
+@given(st.data())
+def test_mangled_pickles_raise_unpickling_error_or_give_values(data):
+    blob = bytearray(pickle.dumps(ARRAYS[:3], data.draw(st.integers(0, 4))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        blob[data.draw(st.integers(0, len(blob) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(pickle.UnpicklingError):
+        load_arrays(bytes(blob[: data.draw(st.integers(0, len(blob)))]))
+
+
+def test_npy_of_objects_and_numbers():
+    outer = np.empty(2, object)
+    outer[:] = [np.arange(3), np.arange(4)]
+    for array in (outer, np.eye(3)):
+        buffer = io.BytesIO()
+        np.save(buffer, array, allow_pickle=True)
+        back = load_npy(buffer.getvalue())
+        for got, expected in zip(back, array, strict=True):
+            np.testing.assert_array_equal(got, expected)
+        with pytest.raises(ValueError, match=r"."):
+            load_npy(buffer.getvalue()[:-5])
+
+
+# ---- folders and zips --------------------------------------------------------------------------------------
+
+
+def test_trees_hide_junk_and_read_alike(tmp_path):
+    for name in ("a/x.txt", "a/.DS_Store", "__MACOSX/a/._x.txt", "Thumbs.db", "b.txt"):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).write_text(name)
+    with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
+        for file in (tmp_path / "d").rglob("*"):
+            archive.write(file, file.relative_to(tmp_path / "d"))
+    for root in (tmp_path / "d", str(tmp_path / "d.zip")):
+        with open_tree(root) as tree:
+            assert tree.names == ["a/x.txt", "b.txt"]
+            assert tree.read("a/x.txt") == b"a/x.txt"
+
+
+def test_no_zip_and_layout_errors(tmp_path):
+    (tmp_path / "x.zip").write_bytes(b"no zip")
+    with pytest.raises(ValueError, match=r"x\.zip is not a readable zip archive"):
+        open_tree(tmp_path / "x.zip")
+    error = layout_error(tmp_path, "  <root>/cat", [f"f{i}" for i in range(9)])
+    assert isinstance(error, LayoutError)
+    assert "Expected:\n  <root>/cat\nFound: f0, f1, f2, f3, f4, ..." in str(error)
