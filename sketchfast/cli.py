@@ -586,7 +586,7 @@ def demo_command(args: Sequence[str]) -> int:
     _check_impl(options.impl)
     preset = get_method("sketchembednet").preset(options.preset)
     steps = options.steps or DEMO_STEPS[options.preset]
-    config = dataclasses.replace(preset, steps=steps, impl=options.impl)
+    config = dataclasses.replace(preset, steps=steps, impl=options.impl, **_demo_schedule(steps))
     out = _free_folder(options.out)
     every = max(1, steps // 4)
     run = RunOptions(out, seed=options.seed, checkpoint_every=every, picture_every=every)
@@ -597,6 +597,15 @@ def demo_command(args: Sequence[str]) -> int:
     _print_tables(_evaluate(out, "fewshot", data, {"episodes": DEMO_EPISODES[options.preset]}, "auto"))
     _say_trained(out, summary)
     return 0
+
+
+def _demo_schedule(steps: int) -> dict[str, Any]:
+    """A few hundred steps want a higher rate that falls less than the paper's, and the pixel loss later."""
+    return {
+        "learning_rate": 2e-3,
+        "lr_decay_steps": max(1, steps // 5),
+        "alpha_interval": max(1, steps // 10),
+    }
 
 
 DEMO_STEPS = {"small": 600, "tiny": 3}
@@ -649,6 +658,9 @@ def _run(command: Callable[[Sequence[str]], int], args: Sequence[str]) -> int:
         return command(args)
     except SystemExit as stop:  # tyro, after help (0) or a bad flag (2)
         return stop.code if isinstance(stop.code, int) else 2
+    except BrokenPipeError:  # the reader of our output, say `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         if debug:
             raise
