@@ -51,6 +51,11 @@ class Table:
     note: str = ""
 
 
+def _own_rows(rows: Tensor) -> Tensor:
+    """One rank's batch is the global batch: `gather_rows` where there is nothing to gather."""
+    return rows
+
+
 class Method(nn.Module):
     """A published method: its network, its loss and its paper's protocols.
 
@@ -65,6 +70,9 @@ class Method(nn.Module):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
         self.config = config
+        #: a loss over the global batch calls this on its rows [b, ...] and gets all ranks' rows [B, ...],
+        #: with gradient; the loop puts `train.gather_rows` here when it runs over ranks
+        self.gather_rows: Callable[[Tensor], Tensor] = _own_rows
 
     @classmethod
     def preset(cls, name: str) -> TrainConfig:

@@ -163,14 +163,17 @@ def read_drawings(data: DataSpec, per_class: int | None = None) -> StrokeDataset
         raise ValueError(f"data must be procedural, quickdraw or omniglot, got {data.name!r}")
     if data.root is None:
         raise ValueError(f"root must be the folder that holds {data.name}, got None")
+    from ..data.prepare import load_prepared
+
+    prepared = load_prepared(data.name, data.root) if per_class is None else None
     if data.name == "quickdraw":
         from ..data.quickdraw import load_quickdraw
 
-        return load_quickdraw(data.root, per_class=per_class)
+        return prepared or load_quickdraw(data.root, per_class=per_class)
     from ..data.omniglot import load_omniglot_strokes
 
     # sampled in time, thousands of points a drawing; the authors simplify by the same tolerance in pixels
-    strokes = load_omniglot_strokes(data.root)
+    strokes = prepared or load_omniglot_strokes(data.root)
     sketches = [simplify(strokes[index][0], 2.0) for index in range(len(strokes))]
     return StrokeDataset.from_sketches(sketches, strokes.labels, strokes.class_names, info=strokes.info)
 
