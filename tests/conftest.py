@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+torch.set_num_threads(1)  # the machines of tests are busy ones; tests of threading set their own
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
