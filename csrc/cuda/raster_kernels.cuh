@@ -1,8 +1,10 @@
-// CUDA kernels of rasterization: no torch types, so that tests/cuda_emulator compiles this very source with a
-// host compiler. raster_launch.h chooses kernels and sizes, raster.cu is the door to torch.
+// CUDA kernels of rasterization: no torch types, so that tests/cuda_emulator compiles this very
+// source with a host compiler. raster_launch.h chooses kernels and sizes, raster.cu is the door to
+// torch.
 //
-// One CTA draws one tile of one sketch; a small image is one tile. All planes of a tile lie in shared memory.
-// Every reduction has a fixed order, so results repeat bit for bit; the only atomics are integer ORs.
+// One CTA draws one tile of one sketch; a small image is one tile. All planes of a tile lie in
+// shared memory. Every reduction has a fixed order, so results repeat bit for bit; the only atomics
+// are integer ORs.
 #pragma once
 
 #include "../raster_math.h"
@@ -22,18 +24,20 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads = 512;
 // Fewer for tiles of the loss, so that two CTAs share an SM without spilling registers.
 constexpr int kLossTileThreads = 384;
-// The widest blur (to one side) whose halo the tile kernels carry; wider ones take kernels of their own.
+// The widest blur (to one side) whose halo the tile kernels carry; wider ones take kernels of their
+// own.
 constexpr int kMaxHalf = 16;
 constexpr int kPatchWidth = 8, kPatchHeight = 4;
 // Distance from the centre of a patch to its corner pixels: the root of 3.5^2 + 1.5^2.
 constexpr float kPatchRadius = 3.8079f;
 
-// --- arguments ---------------------------------------------------------------------------------------------
+// --- arguments
+// ---------------------------------------------------------------------------------------------
 
 enum class Dtype : int32_t { kFloat32, kFloat16, kBFloat16 };
 
-// An array whose element type is known only at run time: a uniform branch beside each access costs less than
-// nine instances of every kernel.
+// An array whose element type is known only at run time: a uniform branch beside each access costs
+// less than nine instances of every kernel.
 struct Input {
   const void* data;
   Dtype dtype;
@@ -45,7 +49,7 @@ struct Output {
 
 struct Strokes {
   Input points;            // [B, steps, 2]
-  const bool* pen_down;    // [B, steps]
+  const bool* pen_down;    // [B, steps], or null: all down
   const int64_t* lengths;  // [B] or null
   int64_t steps;
 };
@@ -74,7 +78,8 @@ struct Tiling {
   int width, height, across, per_sketch;
 };
 
-// --- memory ------------------------------------------------------------------------------------------------
+// --- memory
+// ------------------------------------------------------------------------------------------------
 
 // Hands out shared memory; the host runs it over null to learn the size.
 struct Arena {
@@ -118,7 +123,8 @@ __device__ inline void store(const Winner& winner, int64_t i, int value) {
   }
 }
 
-// --- threads -----------------------------------------------------------------------------------------------
+// --- threads
+// -----------------------------------------------------------------------------------------------
 
 __device__ inline int lane_index() { return threadIdx.x % kWarp; }
 __device__ inline int warp_index() { return threadIdx.x / kWarp; }
@@ -139,7 +145,8 @@ __device__ inline T sum_of_warp(T value) {
   return value;
 }
 
-// The sum (or least) over the CTA, in every thread. `shared` holds a float a warp and is free after it.
+// The sum (or least) over the CTA, in every thread. `shared` holds a float a warp and is free after
+// it.
 template <bool kLeast>
 __device__ inline float over_cta(float value, float* shared) {
   value = kLeast ? least_of_warp(value) : sum_of_warp(value);
@@ -153,7 +160,8 @@ __device__ inline float over_cta(float value, float* shared) {
   return all;
 }
 
-// --- rectangles --------------------------------------------------------------------------------------------
+// --- rectangles
+// --------------------------------------------------------------------------------------------
 
 struct Rect {
   int x0, y0, x1, y1;  // x0 <= x < x1
@@ -199,7 +207,8 @@ SKETCHFAST_HD int64_t pixel_offset(const Canvas& canvas, int64_t sketch, int x, 
   return (sketch * canvas.height + y) * canvas.width + x;
 }
 
-// --- segments ----------------------------------------------------------------------------------------------
+// --- segments
+// ----------------------------------------------------------------------------------------------
 
 __device__ inline bool is_finite(float value) { return value - value == 0; }
 
@@ -219,7 +228,7 @@ struct Ends {
 // False where the segment does not exist: pen up, or an end that is not finite.
 __device__ inline bool segment_ends(const Strokes& strokes, int64_t sketch, int t, Ends* ends) {
   const int64_t point = sketch * strokes.steps + t;
-  if (!strokes.pen_down[point]) return false;
+  if (strokes.pen_down && !strokes.pen_down[point]) return false;
   const float ax = load(strokes.points, 2 * point), ay = load(strokes.points, 2 * point + 1);
   const float bx = load(strokes.points, 2 * point + 2), by = load(strokes.points, 2 * point + 3);
   *ends = {ax, ay, bx, by};
@@ -292,10 +301,10 @@ struct SegmentList {
   }
 };
 
-// Appends the threads' segments t where `wanted`, in order of thread; returns the new length. Its barriers
-// also part what was read of the list before from what is written to it now.
-__device__ inline int append(SegmentList* list, int listed, bool wanted, const Segment<float>& segment,
-                             int t) {
+// Appends the threads' segments t where `wanted`, in order of thread; returns the new length. Its
+// barriers also part what was read of the list before from what is written to it now.
+__device__ inline int append(SegmentList* list, int listed, bool wanted,
+                             const Segment<float>& segment, int t) {
   const unsigned kept = __ballot_sync(kAllLanes, wanted);
   if (lane_index() == 0) list->of_warp[warp_index()] = __popc(kept);
   __syncthreads();
@@ -310,8 +319,9 @@ __device__ inline int append(SegmentList* list, int listed, bool wanted, const S
   return listed;
 }
 
-// Lists the segments that select(t, &segment) wants, and runs flush(listed) whenever the list is full and at
-// the end, so that any number of segments passes through bounded memory. Returns whether any was listed.
+// Lists the segments that select(t, &segment) wants, and runs flush(listed) whenever the list is
+// full and at the end, so that any number of segments passes through bounded memory. Returns
+// whether any was listed.
 template <typename Select, typename Flush>
 __device__ inline bool through_list(SegmentList* list, int count, Select select, Flush flush) {
   bool any = false;
@@ -332,12 +342,15 @@ __device__ inline bool through_list(SegmentList* list, int count, Select select,
   return any;
 }
 
-// --- drawing -----------------------------------------------------------------------------------------------
+// --- drawing
+// -----------------------------------------------------------------------------------------------
 
-// Lowers the least squared distances of `rect` to those of the listed segments. A warp owns patches of 8 x 4
-// pixels and visits only the segments that come near the patch, in order, so that of ties the first stays.
-__device__ inline void lower_distances(const SegmentList& list, int listed, bool fresh, const Ink& ink,
-                                       float room, const Rect& rect, float* nearest, int* winner) {
+// Lowers the least squared distances of `rect` to those of the listed segments. A warp owns patches
+// of 8 x 4 pixels and visits only the segments that come near the patch, in order, so that of ties
+// the first stays.
+__device__ inline void lower_distances(const SegmentList& list, int listed, bool fresh,
+                                       const Ink& ink, float room, const Rect& rect, float* nearest,
+                                       int* winner) {
   const Frame frame(rect);
   const int across = (rect.width() + kPatchWidth - 1) / kPatchWidth;
   const int patches = across * ((rect.height() + kPatchHeight - 1) / kPatchHeight);
@@ -352,8 +365,7 @@ __device__ inline void lower_distances(const SegmentList& list, int listed, bool
     int slot = -1;
     for (int base = 0; base < listed; base += kWarp) {
       const int mine = base + lane_index();
-      const bool close =
-          mine < listed && list.distance2(mine, x0 + 3.5f, y0 + 1.5f) <= near * near;
+      const bool close = mine < listed && list.distance2(mine, x0 + 3.5f, y0 + 1.5f) <= near * near;
       for (unsigned hits = __ballot_sync(kAllLanes, close); hits; hits &= hits - 1) {
         const int candidate = base + __ffs(hits) - 1;
         const float d2 = list.distance2(candidate, x, y);
@@ -371,10 +383,12 @@ __device__ inline void lower_distances(const SegmentList& list, int listed, bool
   }
 }
 
-// Ink of one sketch over `rect` into the plane `out` (whose frame is rect), and the winners. Returns whether
-// anything comes near; `out` is 0 and the winners -1 otherwise. Ends with a barrier.
-__device__ inline bool draw(const Strokes& strokes, int64_t sketch, const Canvas& canvas, const Ink& ink,
-                            const Rect& rect, SegmentList* list, float* out, int* winner) {
+// Ink of one sketch over `rect` into the plane `out` (whose frame is rect), and the winners.
+// Returns whether anything comes near; `out` is 0 and the winners -1 otherwise. Ends with a
+// barrier.
+__device__ inline bool draw(const Strokes& strokes, int64_t sketch, const Canvas& canvas,
+                            const Ink& ink, const Rect& rect, SegmentList* list, float* out,
+                            int* winner) {
   const int count = ink.reach >= 0 ? segment_count(strokes, sketch) : 0;
   const Circle circle = around(rect);
   const float room = slack(canvas), near = circle.radius + ink.reach + room;
@@ -401,12 +415,14 @@ __device__ inline bool draw(const Strokes& strokes, int64_t sketch, const Canvas
   return any;
 }
 
-// --- blur --------------------------------------------------------------------------------------------------
+// --- blur
+// --------------------------------------------------------------------------------------------------
 
-// One axis of the Gaussian at pixels of `to`, of a plane that is 0 outside `from`: put(x, y, value).
+// One axis of the Gaussian at pixels of `to`, of a plane that is 0 outside `from`: put(x, y,
+// value).
 template <bool kRows, typename Put>
-__device__ inline void blur_axis(const Blur& blur, const Frame& frame, const float* in, const Rect& from,
-                                 const Rect& to, Put put) {
+__device__ inline void blur_axis(const Blur& blur, const Frame& frame, const float* in,
+                                 const Rect& from, const Rect& to, Put put) {
   const int step = kRows ? 1 : frame.stride;
   for_pixels(to, [&](int x, int y) {
     const int at = frame.at(x, y);
@@ -423,8 +439,8 @@ __device__ inline void blur_axis(const Blur& blur, const Frame& frame, const flo
   });
 }
 
-// The whole blur of `plane` (0 outside `from`) at pixels of `to`. put may write to `plane`: the columns read
-// only `scratch`.
+// The whole blur of `plane` (0 outside `from`) at pixels of `to`. put may write to `plane`: the
+// columns read only `scratch`.
 template <typename Put>
 __device__ inline void blur_plane(const Blur& blur, const Frame& frame, const float* plane,
                                   float* scratch, const Rect& from, const Rect& to, Put put) {
@@ -435,10 +451,11 @@ __device__ inline void blur_plane(const Blur& blur, const Frame& frame, const fl
   blur_axis<false>(blur, frame, scratch, rows, to, put);
 }
 
-// --- gradients of points -----------------------------------------------------------------------------------
+// --- gradients of points
+// -----------------------------------------------------------------------------------
 
-// The four sums over the warp: lane 0 has start_x, 8 end_x, 16 start_y, 24 end_y. Halving what each lane
-// carries takes 6 exchanges where four sums apart take 20.
+// The four sums over the warp: lane 0 has start_x, 8 end_x, 16 start_y, 24 end_y. Halving what each
+// lane carries takes 6 exchanges where four sums apart take 20.
 __device__ inline float sum_of_warp(const SegmentGrad<float>& part) {
   const bool high = lane_index() & 16, odd = lane_index() & 8;
   float start = high ? part.start_y : part.start_x, end = high ? part.end_y : part.end_x;
@@ -468,12 +485,13 @@ struct RunMemory {
   }
 };
 
-// Gradients of the points from..to-1, at most memory.points of them: a warp gathers a segment at a time, and
-// each point adds the end of its segment before to the start of its own. The first segment of a run is
-// gathered by the run before too, which costs less than a launch to combine them.
+// Gradients of the points from..to-1, at most memory.points of them: a warp gathers a segment at a
+// time, and each point adds the end of its segment before to the start of its own. The first
+// segment of a run is gathered by the run before too, which costs less than a launch to combine
+// them.
 template <typename Job>
-__device__ inline void gather_run(const Job& job, int64_t sketch, int64_t steps, int count, int from,
-                                  int to, const RunMemory& memory, const Output& grad) {
+__device__ inline void gather_run(const Job& job, int64_t sketch, int64_t steps, int count,
+                                  int from, int to, const RunMemory& memory, const Output& grad) {
   for (int i = threadIdx.x; i <= to - from; i += blockDim.x) {
     const int t = from - 1 + i;
     memory.exists[i] = t >= 0 && t < count && job.segment(t, &memory.segment[i]);
@@ -494,8 +512,9 @@ __device__ inline void gather_run(const Job& job, int64_t sketch, int64_t steps,
   __syncthreads();
 }
 
-// The pixels that may be within reach of a segment: along its longer axis one by one (`major`), across it as
-// many as reach over the slope spans. Superset of the true set by less than a pixel a side.
+// The pixels that may be within reach of a segment: along its longer axis one by one (`major`),
+// across it as many as reach over the slope spans. Superset of the true set by less than a pixel a
+// side.
 struct Band {
   bool steep;  // major is y
   int first, last;
@@ -559,7 +578,8 @@ struct InkJob {
   __device__ void add_pixel(const Segment<float>& s, int x, int y, SegmentGrad<float>* sum) const {
     const Gap<float> gap = gap_to(s, x - s.x, y - s.y);
     const float drawn = ink_at(squared_length(gap), ink.sharpness, ink.offset);
-    accumulate(sum, s, gap, distance2_slope(source.grad(x, y), drawn, ink.sharpness));
+    const float slope = distance2_slope(source.grad(x, y), drawn, ink.sharpness);
+    accumulate(sum, s, refined(s, gap), slope);
   }
 };
 
@@ -578,11 +598,16 @@ struct GlobalSource {
   Canvas canvas;
   int64_t sketch;
 
-  __device__ int winner(int x, int y) const { return load(index, pixel_offset(canvas, sketch, x, y)); }
-  __device__ float grad(int x, int y) const { return load(plane, pixel_offset(canvas, sketch, x, y)); }
+  __device__ int winner(int x, int y) const {
+    return load(index, pixel_offset(canvas, sketch, x, y));
+  }
+  __device__ float grad(int x, int y) const {
+    return load(plane, pixel_offset(canvas, sketch, x, y));
+  }
 };
 
-// --- rasterize ---------------------------------------------------------------------------------------------
+// --- rasterize
+// ---------------------------------------------------------------------------------------------
 
 struct ForwardParams {
   Strokes strokes;
@@ -610,15 +635,15 @@ struct ForwardMemory {
 };
 
 // A CTA a tile: ink in shared memory with the blur's halo around it, blurred, written once.
-__global__ void __launch_bounds__(kMaxThreads, 2) forward_kernel(const __grid_constant__ ForwardParams p) {
+__global__ void __launch_bounds__(kMaxThreads, 2)
+    forward_kernel(const __grid_constant__ ForwardParams p) {
   SKETCHFAST_SHARED_MEMORY(memory);
   const int64_t sketch = blockIdx.x / p.tiling.per_sketch;
   const Rect tile = tile_rect(p.tiling, p.canvas, blockIdx.x % p.tiling.per_sketch);
   const Rect halo = grown(tile, p.blur.half, p.canvas);
   const Frame frame(halo);
   ForwardMemory m(Arena{memory, 0}, p, halo.area(), nullptr);
-  const bool any =
-      draw(p.strokes, sketch, p.canvas, p.ink, halo, &m.list, m.plane, m.winner);
+  const bool any = draw(p.strokes, sketch, p.canvas, p.ink, halo, &m.list, m.plane, m.winner);
   const auto write = [&](int x, int y, float value) {
     const int64_t at = pixel_offset(p.canvas, sketch, x, y);
     store(p.image, at, value);
@@ -637,11 +662,11 @@ struct BackwardParams {
   Ink ink;
   Blur blur;
   Tiling tiling;
-  int run;             // points a CTA has in shared memory at a time
-  Input grad;          // [B, H, W], of the image
-  Winner winner;       // [B, H, W]
-  float* slope;        // [B, H, W], the gradient of ink: only where a tile has winners
-  Output grad_points;  // [B, steps, 2]
+  int run;               // points a CTA has in shared memory at a time
+  Input grad;            // [B, H, W], of the image
+  Winner winner;         // [B, H, W]
+  float* slope;          // [B, H, W], the gradient of ink: only where a tile has winners
+  Output grad_points;    // [B, steps, 2]
   const float* partial;  // [B, tiles] sums of the loss to reduce, or null
   float* loss;           // [B]
   float scale;           // loss = scale * sum
@@ -663,11 +688,12 @@ struct BackwardMemory {
 
 // All points of one sketch, run after run.
 template <typename Job>
-__device__ inline void gather_sketch(const Job& job, const Strokes& strokes, int64_t sketch, int count,
-                                     const RunMemory& run, const Output& grad) {
+__device__ inline void gather_sketch(const Job& job, const Strokes& strokes, int64_t sketch,
+                                     int count, const RunMemory& run, const Output& grad) {
   const int steps = static_cast<int>(strokes.steps);
   for (int from = 0; from < steps; from += run.points) {
-    gather_run(job, sketch, steps, count, from, from + smaller(run.points, steps - from), run, grad);
+    gather_run(job, sketch, steps, count, from, from + smaller(run.points, steps - from), run,
+               grad);
   }
 }
 
@@ -751,10 +777,12 @@ __global__ void __launch_bounds__(256, 4) gather_kernel(const __grid_constant__ 
   const InkJob<GlobalSource> job{
       p.strokes, sketch, p.canvas, p.ink, {slope, p.winner, p.canvas, sketch}};
   const int count = segment_count(p.strokes, sketch);
-  gather_run(job, sketch, steps, count, from, from + smaller(p.run, steps - from), run, p.grad_points);
+  gather_run(job, sketch, steps, count, from, from + smaller(p.run, steps - from), run,
+             p.grad_points);
 }
 
-// --- the fused loss ----------------------------------------------------------------------------------------
+// --- the fused loss
+// ----------------------------------------------------------------------------------------
 
 struct LossParams {
   Strokes strokes, target_strokes;
@@ -765,11 +793,11 @@ struct LossParams {
   Tiling tiling;
   int capacity, run;
   bool need_grad;
-  float scale;          // 1 / (H W)
-  float* loss;          // [B]; or with tiles their parts, [B, tiles]
-  Output grad_points;   // [B, steps, 2]
-  Winner winner;        // [B, H, W], with tiles and need_grad
-  float* slope;         // [B, H, W], likewise
+  float scale;         // 1 / (H W)
+  float* loss;         // [B]; or with tiles their parts, [B, tiles]
+  Output grad_points;  // [B, steps, 2]
+  Winner winner;       // [B, H, W], with tiles and need_grad
+  float* slope;        // [B, H, W], likewise
 };
 
 struct LossMemory {
@@ -789,10 +817,11 @@ struct LossMemory {
   }
 };
 
-// Draws and blurs one sketch: over `wide` its ink, over `narrow` the result, in `out`. `out` may be the plane.
+// Draws and blurs one sketch: over `wide` its ink, over `narrow` the result, in `out`. `out` may be
+// the plane.
 __device__ inline bool draw_blurred(const LossParams& p, const Strokes& strokes, int64_t sketch,
-                                    const Rect& wide, const Rect& narrow, LossMemory* m, int* winner,
-                                    float* out) {
+                                    const Rect& wide, const Rect& narrow, LossMemory* m,
+                                    int* winner, float* out) {
   const Frame frame(wide);
   const bool any = draw(strokes, sketch, p.canvas, p.ink, wide, &m->list, m->plane, winner);
   if (any && p.blur.half > 0) {
@@ -807,12 +836,12 @@ __device__ inline bool draw_blurred(const LossParams& p, const Strokes& strokes,
 
 // The loss summed over `tile`, and its slope in the image over `sloped` in place of the image.
 __device__ inline float loss_and_slope(const LossParams& p, int64_t sketch, const Rect& tile,
-                                       const Rect& sloped, const Frame& frame, const LossMemory& m) {
+                                       const Rect& sloped, const Frame& frame,
+                                       const LossMemory& m) {
   float sum = 0;
   for_pixels(sloped, [&](int x, int y) {
     const int at = frame.at(x, y);
-    const float target =
-        p.target ? p.target[pixel_offset(p.canvas, sketch, x, y)] : m.target[at];
+    const float target = p.target ? p.target[pixel_offset(p.canvas, sketch, x, y)] : m.target[at];
     const Loss<float> loss = cross_entropy<float, float>(m.plane[at], target);
     const bool inside = x >= tile.x0 && x < tile.x1 && y >= tile.y0 && y < tile.y1;
     sum += inside ? loss.value : 0.0f;
@@ -821,8 +850,8 @@ __device__ inline float loss_and_slope(const LossParams& p, int64_t sketch, cons
   return over_cta<false>(sum, m.reduction);
 }
 
-// A CTA a tile: both images with a double halo, loss, blur^T of its slope. With kWhole the tile is the image
-// and the CTA goes on to the gradients of the points, so that one launch is all.
+// A CTA a tile: both images with a double halo, loss, blur^T of its slope. With kWhole the tile is
+// the image and the CTA goes on to the gradients of the points, so that one launch is all.
 template <bool kWhole>
 __global__ void __launch_bounds__(kWhole ? kMaxThreads : kLossTileThreads, kWhole ? 1 : 2)
     bce_kernel(const __grid_constant__ LossParams p) {
@@ -864,7 +893,8 @@ __global__ void __launch_bounds__(kWhole ? kMaxThreads : kLossTileThreads, kWhol
   }
 }
 
-// --- blurs wider than a tile's halo ------------------------------------------------------------------------
+// --- blurs wider than a tile's halo
+// ------------------------------------------------------------------------
 
 struct WideBlurParams {
   Input in;    // [B, H, W]
@@ -877,7 +907,8 @@ struct WideBlurParams {
   bool rows;
 };
 
-// One axis, straight from memory. Weights are formed as they are met: they may outnumber any buffer.
+// One axis, straight from memory. Weights are formed as they are met: they may outnumber any
+// buffer.
 __global__ void __launch_bounds__(256) wide_blur_kernel(const __grid_constant__ WideBlurParams p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= p.pixels) return;
@@ -906,7 +937,8 @@ struct PixelLossParams {
 };
 
 // Loss and slope of images that were drawn before.
-__global__ void __launch_bounds__(256) pixel_loss_kernel(const __grid_constant__ PixelLossParams p) {
+__global__ void __launch_bounds__(256)
+    pixel_loss_kernel(const __grid_constant__ PixelLossParams p) {
   SKETCHFAST_SHARED_MEMORY(memory);
   const int64_t sketch = blockIdx.x / p.chunks;
   const int64_t first = static_cast<int64_t>(blockIdx.x % p.chunks) * p.chunk;
@@ -922,18 +954,19 @@ __global__ void __launch_bounds__(256) pixel_loss_kernel(const __grid_constant__
   if (threadIdx.x == 0) p.partial[blockIdx.x] = sum;
 }
 
-// --- stroke_distance ---------------------------------------------------------------------------------------
+// --- stroke_distance
+// ---------------------------------------------------------------------------------------
 
 struct DistanceParams {
   Strokes strokes;
   Canvas canvas;
   Tiling tiling;
   int capacity, run, words;
-  float* distance2;      // [B, H, W]
-  int32_t* segment;      // [B, H, W]; in the backward an input
-  const float* grad;     // [B, H, W], of distance2
-  unsigned* present;     // [B, tiles, words]: a bit for each segment that won a pixel of the tile
-  Output grad_points;    // [B, steps, 2]
+  float* distance2;    // [B, H, W]
+  int32_t* segment;    // [B, H, W]; in the backward an input
+  const float* grad;   // [B, H, W], of distance2
+  unsigned* present;   // [B, tiles, words]: a bit for each segment that won a pixel of the tile
+  Output grad_points;  // [B, steps, 2]
 };
 
 struct DistanceMemory {
@@ -957,8 +990,8 @@ __device__ inline bool trimmed_segment(const Strokes& strokes, int64_t sketch, i
 
 constexpr int kDistanceTile = 16;
 
-// A CTA a tile of 16 x 16, a thread a pixel. A segment farther from the tile's centre than the nearest one by
-// more than the tile's diameter is nearest to no pixel of it.
+// A CTA a tile of 16 x 16, a thread a pixel. A segment farther from the tile's centre than the
+// nearest one by more than the tile's diameter is nearest to no pixel of it.
 __global__ void __launch_bounds__(kDistanceTile* kDistanceTile, 2)
     distance_kernel(const __grid_constant__ DistanceParams p) {
   SKETCHFAST_SHARED_MEMORY(memory);
@@ -974,8 +1007,8 @@ __global__ void __launch_bounds__(kDistanceTile* kDistanceTile, 2)
       least = minimum(least, distance2(segment, circle.x, circle.y));
     }
   }
-  const float near = 1.00001f * (sqrtf(over_cta<true>(least, m.reduction)) + 2 * circle.radius) +
-                     slack(p.canvas);
+  const float near =
+      1.00001f * (sqrtf(over_cta<true>(least, m.reduction)) + 2 * circle.radius) + slack(p.canvas);
   const int x = tile.x0 + threadIdx.x % kDistanceTile, y = tile.y0 + threadIdx.x / kDistanceTile;
   float best = HUGE_VALF;
   int winner = -1;
@@ -1041,18 +1074,21 @@ struct DistanceJob {
     return p.present[row * p.words + t / 32] >> (t % 32) & 1;
   }
 
-  __device__ void add_tile(int tile, int t, const Segment<float>& s, SegmentGrad<float>* sum) const {
+  __device__ void add_tile(int tile, int t, const Segment<float>& s,
+                           SegmentGrad<float>* sum) const {
     const Rect rect = tile_rect(p.tiling, p.canvas, tile);
     const int x = rect.x0 + lane_index();
     if (x >= rect.x1) return;
     for (int y = rect.y0; y < rect.y1; ++y) {
       const int64_t at = pixel_offset(p.canvas, sketch, x, y);
-      if (p.segment[at] == t) accumulate(sum, s, gap_to(s, x - s.x, y - s.y), p.grad[at]);
+      if (p.segment[at] != t) continue;
+      accumulate(sum, s, refined(s, gap_to(s, x - s.x, y - s.y)), p.grad[at]);
     }
   }
 };
 
-__global__ void __launch_bounds__(256, 2) distance_gather_kernel(const __grid_constant__ DistanceParams p) {
+__global__ void __launch_bounds__(256, 2)
+    distance_gather_kernel(const __grid_constant__ DistanceParams p) {
   SKETCHFAST_SHARED_MEMORY(memory);
   const int steps = static_cast<int>(p.strokes.steps);
   const int runs = (steps - 1) / p.run + 1;

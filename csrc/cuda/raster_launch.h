@@ -75,9 +75,7 @@ inline Tiling tiling_of(const Canvas& canvas, int width, int height) {
 }
 
 inline Tiling tiles(const Canvas& canvas) { return tiling_of(canvas, kTile, kTile); }
-inline Tiling whole(const Canvas& canvas) {
-  return tiling_of(canvas, canvas.width, canvas.height);
-}
+inline Tiling whole(const Canvas& canvas) { return tiling_of(canvas, canvas.width, canvas.height); }
 
 // Pixels of the largest tile with `halo` around it.
 inline int largest_area(const Tiling& tiling, int halo, const Canvas& canvas) {
@@ -98,11 +96,13 @@ inline int capacity_for(int64_t steps) {
 
 inline int run_for(int64_t steps) { return static_cast<int>(steps < kMaxRun ? steps : kMaxRun); }
 
-// --- wide blur ---------------------------------------------------------------------------------------------
+// --- wide blur
+// ---------------------------------------------------------------------------------------------
 
 // Both axes of a blur of any width, `between` holding the first's result.
 template <typename Context>
-void wide_blur(Context& context, const Scene& s, const Input& in, float* between, const Output& out) {
+void wide_blur(Context& context, const Scene& s, const Input& in, float* between,
+               const Output& out) {
   WideBlurParams p{};
   p.canvas = s.canvas;
   p.pixels = s.pixels();
@@ -124,7 +124,8 @@ T* scratch(Context& context, int64_t count) {
   return static_cast<T*>(context.scratch(static_cast<size_t>(count) * sizeof(T)));
 }
 
-// --- rasterize ---------------------------------------------------------------------------------------------
+// --- rasterize
+// ---------------------------------------------------------------------------------------------
 
 inline size_t forward_bytes(const ForwardParams& p) {
   size_t bytes = 0;
@@ -151,7 +152,8 @@ void forward(Context& context, const Scene& s, double cutoff, const Output& imag
     p.image = {plane, Dtype::kFloat32};
   }
   p.tiling = whole(s.canvas);
-  if (s.area() > kWholeForward || forward_bytes(p) > context.shared_limit) p.tiling = tiles(s.canvas);
+  if (s.area() > kWholeForward || forward_bytes(p) > context.shared_limit)
+    p.tiling = tiles(s.canvas);
   const int threads = threads_for(largest_area(p.tiling, p.blur.half, p.canvas));
   context.launch(forward_kernel, s.batch * p.tiling.per_sketch, threads, forward_bytes(p), p);
   if (plane) {
@@ -200,7 +202,8 @@ void backward(Context& context, const Scene& s, const Input& grad, const Winner&
     return gather(context, s, p);
   }
   if (s.area() <= kWholeBackward && backward_bytes(p) <= context.shared_limit) {
-    return context.launch(backward_sketch_kernel, s.batch, threads_for(s.area()), backward_bytes(p), p);
+    return context.launch(backward_sketch_kernel, s.batch, threads_for(s.area()), backward_bytes(p),
+                          p);
   }
   p.tiling = tiles(s.canvas);
   if (p.blur.half > 0) {
@@ -211,7 +214,8 @@ void backward(Context& context, const Scene& s, const Input& grad, const Winner&
   gather(context, s, p);
 }
 
-// --- raster_bce --------------------------------------------------------------------------------------------
+// --- raster_bce
+// --------------------------------------------------------------------------------------------
 
 inline size_t loss_bytes(const LossParams& p) {
   size_t bytes = 0;
@@ -222,9 +226,9 @@ inline size_t loss_bytes(const LossParams& p) {
 
 // Sums the parts of the loss and, where wanted, gathers the gradients of the points.
 template <typename Context>
-void finish_loss(Context& context, const Scene& s, bool need_grad, const Ink& ink, const float* slope,
-                 const Winner& winner, const float* partial, int parts, float* loss,
-                 const Output& grad_points) {
+void finish_loss(Context& context, const Scene& s, bool need_grad, const Ink& ink,
+                 const float* slope, const Winner& winner, const float* partial, int parts,
+                 float* loss, const Output& grad_points) {
   BackwardParams p{};
   p.strokes = s.strokes;
   p.canvas = s.canvas;
@@ -242,8 +246,8 @@ void finish_loss(Context& context, const Scene& s, bool need_grad, const Ink& in
 
 // The stages apart, for blurs no tile can hold.
 template <typename Context>
-void staged_loss(Context& context, const Scene& s, const Strokes& target_strokes, const float* target,
-                 bool need_grad, float* loss, const Output& grad_points) {
+void staged_loss(Context& context, const Scene& s, const Strokes& target_strokes,
+                 const float* target, bool need_grad, float* loss, const Output& grad_points) {
   const double cutoff = kLossCutoff<float>;
   float* image = scratch<float>(context, s.pixels());
   const bool wide_index = s.strokes.steps > (1 << 15);
@@ -266,7 +270,8 @@ void staged_loss(Context& context, const Scene& s, const Strokes& target_strokes
   p.scale = static_cast<float>(1.0 / static_cast<double>(s.area()));
   p.partial = scratch<float>(context, s.batch * p.chunks);
   p.slope = need_grad ? scratch<float>(context, s.pixels()) : nullptr;
-  context.launch(pixel_loss_kernel, s.batch * p.chunks, 256, sizeof(float) * kMaxThreads / kWarp, p);
+  context.launch(pixel_loss_kernel, s.batch * p.chunks, 256, sizeof(float) * kMaxThreads / kWarp,
+                 p);
   if (need_grad && s.half() > 0) {
     // The image is no longer needed: it holds the half-blurred slope.
     wide_blur(context, s, {p.slope, Dtype::kFloat32}, image, {p.slope, Dtype::kFloat32});
@@ -275,8 +280,8 @@ void staged_loss(Context& context, const Scene& s, const Strokes& target_strokes
               grad_points);
 }
 
-// loss [B]; the target as an image [B, H, W] or, where that is null, as strokes; grad_points [B, steps, 2]
-// float32 where need_grad.
+// loss [B]; the target as an image [B, H, W] or, where that is null, as strokes; grad_points [B,
+// steps, 2] float32 where need_grad.
 template <typename Context>
 void bce(Context& context, const Scene& s, const Strokes& target_strokes, const float* target,
          bool need_grad, float* loss, float* grad_points) {
@@ -289,8 +294,8 @@ void bce(Context& context, const Scene& s, const Strokes& target_strokes, const 
   p.canvas = s.canvas;
   p.ink = ink_of(s, kLossCutoff<float>);
   p.blur = blur_of(s);
-  const int64_t longest = target || s.strokes.steps > target_strokes.steps ? s.strokes.steps
-                                                                           : target_strokes.steps;
+  const int64_t longest =
+      target || s.strokes.steps > target_strokes.steps ? s.strokes.steps : target_strokes.steps;
   p.capacity = capacity_for(longest);
   p.need_grad = need_grad;
   p.scale = static_cast<float>(1.0 / static_cast<double>(s.area()));
@@ -318,10 +323,12 @@ void bce(Context& context, const Scene& s, const Strokes& target_strokes, const 
   const int threads =
       smaller(threads_for(largest_area(p.tiling, halo, p.canvas)), kLossTileThreads);
   context.launch(bce_kernel<false>, blocks, threads, loss_bytes(p), p);
-  finish_loss(context, s, need_grad, p.ink, p.slope, p.winner, p.loss, p.tiling.per_sketch, loss, grad);
+  finish_loss(context, s, need_grad, p.ink, p.slope, p.winner, p.loss, p.tiling.per_sketch, loss,
+              grad);
 }
 
-// --- stroke_distance ---------------------------------------------------------------------------------------
+// --- stroke_distance
+// ---------------------------------------------------------------------------------------
 
 // distance2, segment [B, H, W]. Of the scene only strokes, batch and canvas count.
 template <typename Context>

@@ -1,12 +1,14 @@
-// Runs CUDA kernels on the CPU, so that a host compiler and a machine without GPU can test their source.
+// Runs CUDA kernels on the CPU, so that a host compiler and a machine without GPU can test their
+// source.
 //
-// CTA after CTA; each thread of a CTA is a fiber (ucontext) that runs until it meets a barrier, a shuffle or
-// a ballot, so barriers are real: leave one out and, in one of the schedules, a thread reads what another has
-// not written yet. Shared memory starts as NaN and has guard zones. Deadlocks (a barrier or a warp primitive
-// that some threads do not reach) throw.
+// CTA after CTA; each thread of a CTA is a fiber (ucontext) that runs until it meets a barrier, a
+// shuffle or a ballot, so barriers are real: leave one out and, in one of the schedules, a thread
+// reads what another has not written yet. Shared memory starts as NaN and has guard zones.
+// Deadlocks (a barrier or a warp primitive that some threads do not reach) throw.
 //
-// It does not show: the memory model between CTAs or within a warp, timing, bank conflicts, alignment faults,
-// nvcc's contraction of products into fused multiply-adds, or limits on registers.
+// It does not show: the memory model between CTAs or within a warp, timing, bank conflicts,
+// alignment faults, nvcc's contraction of products into fused multiply-adds, or limits on
+// registers.
 #pragma once
 
 #include <ucontext.h>
@@ -33,7 +35,8 @@ struct Index3 {
 };
 inline Index3 threadIdx, blockIdx, blockDim, gridDim;
 
-// --- 16-bit floats -----------------------------------------------------------------------------------------
+// --- 16-bit floats
+// -----------------------------------------------------------------------------------------
 
 struct __half {
   uint16_t bits;
@@ -188,7 +191,8 @@ inline void check_shared(size_t bytes) {
   Machine& m = machine;
   for (const unsigned char* p = m.shared.data(); p < m.shared.data() + m.shared.size(); ++p) {
     const bool guard = p < m.shared_base || p >= m.shared_base + bytes;
-    if (guard && *p != kGuardByte) throw std::runtime_error("a kernel wrote outside its shared memory");
+    if (guard && *p != kGuardByte)
+      throw std::runtime_error("a kernel wrote outside its shared memory");
   }
 }
 
@@ -211,7 +215,8 @@ inline void run_cta(unsigned threads) {
 }
 
 template <typename Params>
-void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared, const Params& params) {
+void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared,
+            const Params& params) {
   Machine& m = machine;
   if (blocks < 1 || blocks > 0x7fffffff) throw std::runtime_error("grid size out of range");
   if (threads < 32 || threads > 1024 || threads % 32) throw std::runtime_error("block size");

@@ -1,8 +1,7 @@
-// The kernels of csrc/cuda/raster_kernels.cuh and the choices of raster_launch.h, run by the emulator behind
-// a C interface for ctypes. Each function returns null or a message.
-#include "cuda_emulator.h"
-
+// The kernels of csrc/cuda/raster_kernels.cuh and the choices of raster_launch.h, run by the
+// emulator behind a C interface for ctypes. Each function returns null or a message.
 #include "../../csrc/cuda/raster_launch.h"
+#include "cuda_emulator.h"
 
 namespace {
 
@@ -113,7 +112,8 @@ const char* raster_backward(const Call* c, const void* grad, void* winner, void*
 
 const char* raster_bce(const Call* c, const float* target, float* loss, float* grad_points) {
   return guarded(c->shared_limit, [&](Context& context) {
-    bce(context, c->scene(), c->target_strokes(), target, grad_points != nullptr, loss, grad_points);
+    bce(context, c->scene(), c->target_strokes(), target, grad_points != nullptr, loss,
+        grad_points);
   });
 }
 
@@ -126,8 +126,8 @@ const char* distance_forward(const Call* c, float* distance2, int32_t* segment) 
 const char* distance_backward(const Call* c, const float* grad, const int32_t* segment,
                               void* grad_points) {
   return guarded(c->shared_limit, [&](Context& context) {
-    sketchfast::raster::cuda::distance_backward(
-        context, c->scene(), grad, segment, {grad_points, static_cast<Dtype>(c->points_dtype)});
+    sketchfast::raster::cuda::distance_backward(context, c->scene(), grad, segment,
+                                                {grad_points, static_cast<Dtype>(c->points_dtype)});
   });
 }
 

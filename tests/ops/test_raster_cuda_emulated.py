@@ -353,7 +353,7 @@ def test_few_points(library, batch, steps):
 def test_dots_and_ties(library):
     """Zero-length strokes are dots; of segments drawn twice the first takes all of the gradient."""
     points = torch.tensor([[[4.0, 4.0], [4.0, 4.0], [10.25, 3.0], [4.0, 4.0], [10.25, 3.0], [4.0, 4.0]]])
-    strokes = Strokes(points, torch.ones(1, 6, dtype=torch.bool))
+    strokes = Strokes(points, torch.tensor([[True, True, False, True, False, True]]))
     emulated = Emulated(library, (16, 16))
     image, winner = emulated.forward(strokes, torch.float32)
     exact = exact_image(strokes, emulated, torch.float64)
