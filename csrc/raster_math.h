@@ -120,8 +120,8 @@ SKETCHFAST_HD bool clip(double ax, double ay, double bx, double by, double x0, d
 
 // The part of a..b between the fractions first and last of its length.
 template <typename real>
-SKETCHFAST_HD void segment_part(double ax, double ay, double bx, double by, double first, double last,
-                                Segment<real>* out) {
+SKETCHFAST_HD void segment_part(double ax, double ay, double bx, double by, double first,
+                                double last, Segment<real>* out) {
   const double dx = bx - ax, dy = by - ay;
   const double px = static_cast<real>((last - first) * dx);
   const double py = static_cast<real>((last - first) * dy);

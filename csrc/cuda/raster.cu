@@ -67,7 +67,6 @@ class Context {
 };
 
 // --- arguments
-// ---------------------------------------------------------------------------------------------
 
 kernels::Dtype dtype_of(const char* name, ScalarType type) {
   if (type == ScalarType::Float) return kernels::Dtype::kFloat32;
@@ -130,7 +129,6 @@ kernels::Winner winner_of(const Tensor& segment) {
 }
 
 // --- ops
-// ---------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> raster_fwd(const Tensor& points, const Tensor& pen_down,
                                       const std::optional<Tensor>& lengths, int64_t height,

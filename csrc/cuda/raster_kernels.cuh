@@ -13,6 +13,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #define SKETCHFAST_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
+#else
+#include "cuda_emulator.h"  // in tests/cuda_emulator
 #endif
 
 namespace sketchfast {
@@ -22,8 +24,9 @@ namespace cuda {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 512;
-// Fewer for tiles of the loss, so that two CTAs share an SM without spilling registers.
-constexpr int kLossTileThreads = 384;
+// Fewer where a kernel takes more registers, so that two CTAs share an SM without spilling
+// registers.
+constexpr int kTileThreads = 384;
 // The widest blur (to one side) whose halo the tile kernels carry; wider ones take kernels of their
 // own.
 constexpr int kMaxHalf = 16;
@@ -32,7 +35,6 @@ constexpr int kPatchWidth = 8, kPatchHeight = 4;
 constexpr float kPatchRadius = 3.8079f;
 
 // --- arguments
-// ---------------------------------------------------------------------------------------------
 
 enum class Dtype : int32_t { kFloat32, kFloat16, kBFloat16 };
 
@@ -79,7 +81,6 @@ struct Tiling {
 };
 
 // --- memory
-// ------------------------------------------------------------------------------------------------
 
 // Hands out shared memory; the host runs it over null to learn the size.
 struct Arena {
@@ -124,7 +125,6 @@ __device__ inline void store(const Winner& winner, int64_t i, int value) {
 }
 
 // --- threads
-// -----------------------------------------------------------------------------------------------
 
 __device__ inline int lane_index() { return threadIdx.x % kWarp; }
 __device__ inline int warp_index() { return threadIdx.x / kWarp; }
@@ -161,7 +161,6 @@ __device__ inline float over_cta(float value, float* shared) {
 }
 
 // --- rectangles
-// --------------------------------------------------------------------------------------------
 
 struct Rect {
   int x0, y0, x1, y1;  // x0 <= x < x1
@@ -197,6 +196,7 @@ template <typename Visit>
 __device__ inline void for_pixels(const Rect& rect, Visit visit) {
   // Exact for areas under 2^21: the quotient's distance to an integer exceeds the rounding.
   const float inverse = 1.0f / rect.width();
+#pragma unroll 1
   for (int i = threadIdx.x; i < rect.area(); i += blockDim.x) {
     const int row = static_cast<int>((i + 0.5f) * inverse);
     visit(rect.x0 + i - row * rect.width(), rect.y0 + row);
@@ -208,7 +208,6 @@ SKETCHFAST_HD int64_t pixel_offset(const Canvas& canvas, int64_t sketch, int x, 
 }
 
 // --- segments
-// ----------------------------------------------------------------------------------------------
 
 __device__ inline bool is_finite(float value) { return value - value == 0; }
 
@@ -235,9 +234,10 @@ __device__ inline bool segment_ends(const Strokes& strokes, int64_t sketch, int 
   return is_finite(ax) && is_finite(ay) && is_finite(bx) && is_finite(by);
 }
 
-// The segment's part within reach of the canvas: the same in forward and backward.
-__device__ inline bool clip_to_canvas(const Ends& e, const Canvas& canvas, float reach,
-                                      Segment<float>* out) {
+// The segment's part within reach of the canvas: the same in forward and backward. A call of its
+// own: inlined, its doubles made forward_kernel spill on sm_90.
+__device__ __noinline__ bool clip_to_canvas(const Ends& e, const Canvas& canvas, float reach,
+                                            Segment<float>* out) {
   return clip<float>(e.ax, e.ay, e.bx, e.by, -reach, -reach, canvas.width - 1 + reach,
                      canvas.height - 1 + reach, out);
 }
@@ -327,6 +327,7 @@ __device__ inline bool through_list(SegmentList* list, int count, Select select,
   bool any = false;
   int listed = 0;
   const int threads = blockDim.x;
+#pragma unroll 1
   for (int64_t base = 0; base < count; base += threads) {
     const int t = static_cast<int>(base) + threadIdx.x;
     Segment<float> segment{};
@@ -343,7 +344,6 @@ __device__ inline bool through_list(SegmentList* list, int count, Select select,
 }
 
 // --- drawing
-// -----------------------------------------------------------------------------------------------
 
 // Lowers the least squared distances of `rect` to those of the listed segments. A warp owns patches
 // of 8 x 4 pixels and visits only the segments that come near the patch, in order, so that of ties
@@ -363,6 +363,7 @@ __device__ inline void lower_distances(const SegmentList& list, int listed, bool
     float least = ink.reach * ink.reach;
     if (inside && !fresh) least = nearest[frame.at(x, y)];
     int slot = -1;
+#pragma unroll 1
     for (int base = 0; base < listed; base += kWarp) {
       const int mine = base + lane_index();
       const bool close = mine < listed && list.distance2(mine, x0 + 3.5f, y0 + 1.5f) <= near * near;
@@ -416,7 +417,6 @@ __device__ inline bool draw(const Strokes& strokes, int64_t sketch, const Canvas
 }
 
 // --- blur
-// --------------------------------------------------------------------------------------------------
 
 // One axis of the Gaussian at pixels of `to`, of a plane that is 0 outside `from`: put(x, y,
 // value).
@@ -452,7 +452,6 @@ __device__ inline void blur_plane(const Blur& blur, const Frame& frame, const fl
 }
 
 // --- gradients of points
-// -----------------------------------------------------------------------------------
 
 // The four sums over the warp: lane 0 has start_x, 8 end_x, 16 start_y, 24 end_y. Halving what each
 // lane carries takes 6 exchanges where four sums apart take 20.
@@ -607,7 +606,6 @@ struct GlobalSource {
 };
 
 // --- rasterize
-// ---------------------------------------------------------------------------------------------
 
 struct ForwardParams {
   Strokes strokes;
@@ -635,7 +633,7 @@ struct ForwardMemory {
 };
 
 // A CTA a tile: ink in shared memory with the blur's halo around it, blurred, written once.
-__global__ void __launch_bounds__(kMaxThreads, 2)
+__global__ void __launch_bounds__(kTileThreads, 2)
     forward_kernel(const __grid_constant__ ForwardParams p) {
   SKETCHFAST_SHARED_MEMORY(memory);
   const int64_t sketch = blockIdx.x / p.tiling.per_sketch;
@@ -782,7 +780,6 @@ __global__ void __launch_bounds__(256, 4) gather_kernel(const __grid_constant__ 
 }
 
 // --- the fused loss
-// ----------------------------------------------------------------------------------------
 
 struct LossParams {
   Strokes strokes, target_strokes;
@@ -853,7 +850,7 @@ __device__ inline float loss_and_slope(const LossParams& p, int64_t sketch, cons
 // A CTA a tile: both images with a double halo, loss, blur^T of its slope. With kWhole the tile is
 // the image and the CTA goes on to the gradients of the points, so that one launch is all.
 template <bool kWhole>
-__global__ void __launch_bounds__(kWhole ? kMaxThreads : kLossTileThreads, kWhole ? 1 : 2)
+__global__ void __launch_bounds__(kWhole ? kMaxThreads : kTileThreads, kWhole ? 1 : 2)
     bce_kernel(const __grid_constant__ LossParams p) {
   SKETCHFAST_SHARED_MEMORY(memory);
   const int64_t sketch = blockIdx.x / p.tiling.per_sketch;
@@ -894,7 +891,6 @@ __global__ void __launch_bounds__(kWhole ? kMaxThreads : kLossTileThreads, kWhol
 }
 
 // --- blurs wider than a tile's halo
-// ------------------------------------------------------------------------
 
 struct WideBlurParams {
   Input in;    // [B, H, W]
@@ -955,7 +951,6 @@ __global__ void __launch_bounds__(256)
 }
 
 // --- stroke_distance
-// ---------------------------------------------------------------------------------------
 
 struct DistanceParams {
   Strokes strokes;

@@ -97,7 +97,6 @@ inline int capacity_for(int64_t steps) {
 inline int run_for(int64_t steps) { return static_cast<int>(steps < kMaxRun ? steps : kMaxRun); }
 
 // --- wide blur
-// ---------------------------------------------------------------------------------------------
 
 // Both axes of a blur of any width, `between` holding the first's result.
 template <typename Context>
@@ -125,7 +124,6 @@ T* scratch(Context& context, int64_t count) {
 }
 
 // --- rasterize
-// ---------------------------------------------------------------------------------------------
 
 inline size_t forward_bytes(const ForwardParams& p) {
   size_t bytes = 0;
@@ -154,7 +152,8 @@ void forward(Context& context, const Scene& s, double cutoff, const Output& imag
   p.tiling = whole(s.canvas);
   if (s.area() > kWholeForward || forward_bytes(p) > context.shared_limit)
     p.tiling = tiles(s.canvas);
-  const int threads = threads_for(largest_area(p.tiling, p.blur.half, p.canvas));
+  const int threads =
+      smaller(threads_for(largest_area(p.tiling, p.blur.half, p.canvas)), kTileThreads);
   context.launch(forward_kernel, s.batch * p.tiling.per_sketch, threads, forward_bytes(p), p);
   if (plane) {
     float* between = scratch<float>(context, s.pixels());
@@ -215,7 +214,6 @@ void backward(Context& context, const Scene& s, const Input& grad, const Winner&
 }
 
 // --- raster_bce
-// --------------------------------------------------------------------------------------------
 
 inline size_t loss_bytes(const LossParams& p) {
   size_t bytes = 0;
@@ -320,15 +318,13 @@ void bce(Context& context, const Scene& s, const Strokes& target_strokes, const 
     p.slope = scratch<float>(context, s.pixels());
   }
   const int halo = p.blur.half * (need_grad ? 2 : 1);
-  const int threads =
-      smaller(threads_for(largest_area(p.tiling, halo, p.canvas)), kLossTileThreads);
+  const int threads = smaller(threads_for(largest_area(p.tiling, halo, p.canvas)), kTileThreads);
   context.launch(bce_kernel<false>, blocks, threads, loss_bytes(p), p);
   finish_loss(context, s, need_grad, p.ink, p.slope, p.winner, p.loss, p.tiling.per_sketch, loss,
               grad);
 }
 
 // --- stroke_distance
-// ---------------------------------------------------------------------------------------
 
 // distance2, segment [B, H, W]. Of the scene only strokes, batch and canvas count.
 template <typename Context>

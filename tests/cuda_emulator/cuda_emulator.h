@@ -26,6 +26,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define SKETCHFAST_SHARED_MEMORY(name) unsigned char* name = emulator::shared_memory()

@@ -1,6 +1,6 @@
 // The kernels of csrc/cuda/raster_kernels.cuh and the choices of raster_launch.h, run by the
 // emulator behind a C interface for ctypes. Each function returns null or a message.
-#include "../../csrc/cuda/raster_launch.h"
+#include "cuda/raster_launch.h"
 #include "cuda_emulator.h"
 
 namespace {
