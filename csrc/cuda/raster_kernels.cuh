@@ -156,7 +156,6 @@ __device__ inline float over_cta(float value, float* shared) {
   for (int w = 1; w < warp_count(); ++w) {
     all = kLeast ? minimum(all, shared[w]) : all + shared[w];
   }
-  __syncthreads();
   return all;
 }
 
@@ -485,9 +484,9 @@ struct RunMemory {
 };
 
 // Gradients of the points from..to-1, at most memory.points of them: a warp gathers a segment at a
-// time, and each point adds the end of its segment before to the start of its own. The first
-// segment of a run is gathered by the run before too, which costs less than a launch to combine
-// them.
+// time, and each point adds the end of its segment before to the start of its own. A barrier comes
+// before the first gather: what the caller wrote to shared memory is seen. The first segment of a
+// run is gathered by the run before too, which costs less than a launch to combine them.
 template <typename Job>
 __device__ inline void gather_run(const Job& job, int64_t sketch, int64_t steps, int count,
                                   int from, int to, const RunMemory& memory, const Output& grad) {
@@ -508,7 +507,6 @@ __device__ inline void gather_run(const Job& job, int64_t sketch, int64_t steps,
     const float value = memory.sum[point].of[2 * axis + 1] + memory.sum[point + 1].of[2 * axis];
     store(grad, (sketch * steps + from + point) * 2 + axis, value);
   }
-  __syncthreads();
 }
 
 // The pixels that may be within reach of a segment: along its longer axis one by one (`major`),
@@ -711,7 +709,6 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   if (p.blur.half > 0) {
     blur_plane(p.blur, frame, m.plane, m.scratch, all, all,
                [&](int x, int y, float value) { m.plane[frame.at(x, y)] = value; });
-    __syncthreads();
   }
   const InkJob<SharedSource> job{
       p.strokes, sketch, p.canvas, p.ink, {m.plane, m.winner, p.canvas.width}};
@@ -874,7 +871,6 @@ __global__ void __launch_bounds__(kWhole ? kMaxThreads : kTileThreads, kWhole ? 
   if (sloped && p.blur.half > 0) {
     blur_plane(p.blur, frame, m.plane, m.scratch, middle, tile,
                [&](int x, int y, float value) { m.plane[frame.at(x, y)] = value; });
-    __syncthreads();
   }
   if (kWhole) {
     const InkJob<SharedSource> job{
