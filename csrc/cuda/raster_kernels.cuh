@@ -145,8 +145,8 @@ __device__ inline T sum_of_warp(T value) {
   return value;
 }
 
-// The sum (or least) over the CTA, in every thread. `shared` holds a float a warp and is free after
-// it.
+// The sum (or least) over the CTA, in every thread. `shared` holds a float a warp, for one
+// use.
 template <bool kLeast>
 __device__ inline float over_cta(float value, float* shared) {
   value = kLeast ? least_of_warp(value) : sum_of_warp(value);
@@ -220,7 +220,7 @@ __device__ inline int segment_count(const Strokes& strokes, int64_t sketch) {
 }
 
 struct Ends {
-  double ax, ay, bx, by;
+  float ax, ay, bx, by;
 };
 
 // False where the segment does not exist: pen up, or an end that is not finite.
@@ -259,7 +259,7 @@ __device__ inline Circle around(const Rect& rect) {
   return {rect.x0 + x, rect.y0 + y, sqrtf(x * x + y * y)};
 }
 
-__device__ inline bool box_meets(const Ends& e, const Rect& rect, double reach) {
+__device__ inline bool box_meets(const Ends& e, const Rect& rect, float reach) {
   return maximum(e.ax, e.bx) >= rect.x0 - reach && minimum(e.ax, e.bx) <= rect.x1 - 1 + reach &&
          maximum(e.ay, e.by) >= rect.y0 - reach && minimum(e.ay, e.by) <= rect.y1 - 1 + reach;
 }
@@ -397,7 +397,7 @@ __device__ inline bool draw(const Strokes& strokes, int64_t sketch, const Canvas
       list, count,
       [&](int t, Segment<float>* segment) {
         Ends ends;
-        return segment_ends(strokes, sketch, t, &ends) && box_meets(ends, rect, ink.reach) &&
+        return segment_ends(strokes, sketch, t, &ends) && box_meets(ends, rect, ink.reach + room) &&
                clip_to_canvas(ends, canvas, ink.reach, segment) &&
                distance2(*segment, circle.x, circle.y) <= near * near;
       },

@@ -13,8 +13,9 @@ namespace sketchfast {
 namespace raster {
 namespace cuda {
 
-// Images up to this many pixels take one CTA a sketch: forward, and where that saves a launch.
-constexpr int64_t kWholeForward = 64 * 64, kWholeBackward = 96 * 96;
+// Images up to this many pixels take one CTA a sketch. Larger ones would too as far as memory goes,
+// but tiles fill more of the GPU and skip the empty parts.
+constexpr int64_t kWholePixels = 64 * 64;
 constexpr int kTile = 32;
 // Points a gather CTA owns: with the segment before them, two segments for each of its 8 warps.
 constexpr int kRun = 15, kGatherThreads = 256;
@@ -150,7 +151,7 @@ void forward(Context& context, const Scene& s, double cutoff, const Output& imag
     p.image = {plane, Dtype::kFloat32};
   }
   p.tiling = whole(s.canvas);
-  if (s.area() > kWholeForward || forward_bytes(p) > context.shared_limit)
+  if (s.area() > kWholePixels || forward_bytes(p) > context.shared_limit)
     p.tiling = tiles(s.canvas);
   const int threads =
       smaller(threads_for(largest_area(p.tiling, p.blur.half, p.canvas)), kTileThreads);
@@ -200,7 +201,7 @@ void backward(Context& context, const Scene& s, const Input& grad, const Winner&
     wide_blur(context, s, grad, scratch<float>(context, s.pixels()), {p.slope, Dtype::kFloat32});
     return gather(context, s, p);
   }
-  if (s.area() <= kWholeBackward && backward_bytes(p) <= context.shared_limit) {
+  if (s.area() <= kWholePixels && backward_bytes(p) <= context.shared_limit) {
     return context.launch(backward_sketch_kernel, s.batch, threads_for(s.area()), backward_bytes(p),
                           p);
   }
@@ -302,7 +303,7 @@ void bce(Context& context, const Scene& s, const Strokes& target_strokes, const 
   p.winner.wide = true;
   p.tiling = whole(s.canvas);
   p.run = need_grad ? run_for(s.strokes.steps) : 0;
-  if (!is_wide(s) && s.area() <= kWholeBackward && loss_bytes(p) <= context.shared_limit) {
+  if (!is_wide(s) && s.area() <= kWholePixels && loss_bytes(p) <= context.shared_limit) {
     return context.launch(bce_kernel<true>, s.batch, threads_for(s.area()), loss_bytes(p), p);
   }
   p.tiling = tiles(s.canvas);
