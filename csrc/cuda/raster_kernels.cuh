@@ -856,16 +856,21 @@ __global__ void __launch_bounds__(kWhole ? kMaxThreads : kTileThreads, kWhole ? 
   const Rect wide = grown(middle, p.blur.half, p.canvas);
   const Frame frame(wide);
   LossMemory m(Arena{memory, 0}, p, wide.area(), nullptr);
-  bool any = false;
+  bool any = false, target_any = p.target != nullptr;
   // A loop, so that the compiler keeps one copy of the drawing: two took registers from both.
 #pragma unroll 1
   for (int prediction = p.target ? 1 : 0; prediction < 2; ++prediction) {
     const Strokes& strokes = prediction ? p.strokes : p.target_strokes;
-    any = draw_blurred(p, strokes, sketch, wide, middle, &m, prediction ? m.winner : nullptr,
-                       prediction ? m.plane : m.target);
+    const bool drawn =
+        draw_blurred(p, strokes, sketch, wide, middle, &m, prediction ? m.winner : nullptr,
+                     prediction ? m.plane : m.target);
+    (prediction ? any : target_any) = drawn;
   }
   const bool sloped = any && p.need_grad;
-  const float sum = loss_and_slope(p, sketch, tile, sloped ? middle : tile, frame, m);
+  // Most tiles of a large canvas are blank in both images: no logarithms for them.
+  const float sum = any || target_any
+                        ? loss_and_slope(p, sketch, tile, sloped ? middle : tile, frame, m)
+                        : static_cast<float>(kBlankLoss) * tile.area();
   if (threadIdx.x == 0) p.loss[blockIdx.x] = kWhole ? p.scale * sum : sum;
   if (!p.need_grad) return;
   if (sloped && p.blur.half > 0) {
