@@ -118,6 +118,44 @@ SKETCHFAST_HD bool clip(double ax, double ay, double bx, double by, double x0, d
   return true;
 }
 
+// The part of a..b between the fractions first and last of its length.
+template <typename real>
+SKETCHFAST_HD void segment_part(double ax, double ay, double bx, double by, double first,
+                                double last, Segment<real>* out) {
+  const double dx = bx - ax, dy = by - ay;
+  const double px = static_cast<real>((last - first) * dx);
+  const double py = static_cast<real>((last - first) * dy);
+  const double length2 = px * px + py * py;
+  const double inverse = length2 > kDotLength2<real> ? 1 / length2 : 0;
+  out->x = static_cast<real>(ax + first * dx);
+  out->y = static_cast<real>(ay + first * dy);
+  out->dx = static_cast<real>(inverse > 0 ? px : 0);
+  out->dy = static_cast<real>(inverse > 0 ? py : 0);
+  out->ux = static_cast<real>(px * inverse);
+  out->uy = static_cast<real>(py * inverse);
+  out->first = static_cast<real>(first);
+  out->scale = static_cast<real>(last - first);
+}
+
+// The part of a..b where the nearest points of the rectangle's pixels lie: between the outermost
+// projections of its corners. Distances from inside the rectangle stay exact, and no end is
+// needlessly far off.
+template <typename real>
+SKETCHFAST_HD void trim(double ax, double ay, double bx, double by, double x0, double y0, double x1,
+                        double y1, Segment<real>* out) {
+  const double dx = bx - ax, dy = by - ay, length2 = dx * dx + dy * dy;
+  double first = 0, last = 0;
+  if (length2 > 0) {
+    const double corner = ((x0 - ax) * dx + (y0 - ay) * dy) / length2;
+    const double across = (x1 - x0) * dx / length2, down = (y1 - y0) * dy / length2;
+    first = corner + minimum(across, 0.0) + minimum(down, 0.0);
+    last = corner + maximum(across, 0.0) + maximum(down, 0.0);
+    first = minimum(maximum(first, 0.0), 1.0);
+    last = minimum(maximum(last, 0.0), 1.0);
+  }
+  segment_part(ax, ay, bx, by, first, last, out);
+}
+
 // From the nearest point of a segment to the pixel: the gap, and where along the segment the point
 // lies.
 template <typename V>

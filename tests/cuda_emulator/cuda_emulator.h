@@ -1,0 +1,285 @@
+// Runs CUDA kernels on the CPU, so that a host compiler and a machine without GPU can test their
+// source.
+//
+// CTA after CTA; each thread of a CTA is a fiber (ucontext) that runs until it meets a barrier, a
+// shuffle or a ballot, so barriers are real: leave one out and, in one of the schedules, a thread
+// reads what another has not written yet. Shared memory starts as NaN and has guard zones.
+// Deadlocks (a barrier or a warp primitive that some threads do not reach) throw.
+//
+// It does not show: the memory model between CTAs or within a warp, timing, bank conflicts,
+// alignment faults, nvcc's contraction of products into fused multiply-adds, or limits on
+// registers.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __noinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define SKETCHFAST_SHARED_MEMORY(name) unsigned char* name = emulator::shared_memory()
+
+struct Index3 {
+  unsigned x = 0, y = 0, z = 0;
+};
+inline Index3 threadIdx, blockIdx, blockDim, gridDim;
+
+// --- 16-bit floats
+// -----------------------------------------------------------------------------------------
+
+struct __half {
+  uint16_t bits;
+};
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+
+inline float __half2float(__half h) {
+  _Float16 value;
+  std::memcpy(&value, &h, 2);
+  return static_cast<float>(value);
+}
+inline __half __float2half_rn(float f) {
+  const _Float16 value = static_cast<_Float16>(f);
+  __half h;
+  std::memcpy(&h, &value, 2);
+  return h;
+}
+inline float __bfloat162float(__nv_bfloat16 b) {
+  const uint32_t bits = static_cast<uint32_t>(b.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  if (f != f) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
+
+namespace emulator {
+
+enum class Schedule : int { kForward, kReverse, kShuffled };
+
+constexpr size_t kStack = 128 * 1024, kGuard = 256;
+constexpr unsigned char kPoison = 0xff;  // as floats NaN, as integers -1
+constexpr unsigned char kGuardByte = 0xa5;
+
+// Where threads meet: those of a CTA at a barrier, those of a warp at a shuffle or ballot.
+struct Meeting {
+  int expected = 0, arrived = 0;
+  unsigned generation = 0;
+  bool any = false, result = false;  // of __syncthreads_or
+  uint64_t value[2][32];             // by parity: a fast lane is at most one exchange ahead
+
+  unsigned arrive() {
+    const unsigned mine = generation;
+    if (++arrived == expected) {
+      arrived = 0;
+      result = any;
+      any = false;
+      ++generation;
+    }
+    return mine;
+  }
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  const Meeting* waits = nullptr;
+  unsigned generation = 0;
+  bool done = false;
+
+  bool runnable() const { return !done && (!waits || waits->generation != generation); }
+};
+
+struct Machine {
+  Schedule schedule = Schedule::kForward;
+  uint32_t seed = 1;
+  std::vector<Fiber> fibers;
+  std::vector<Meeting> warps;
+  Meeting cta;
+  std::vector<unsigned char> shared;
+  unsigned char* shared_base = nullptr;
+  ucontext_t scheduler;
+  std::function<void()> body;
+  unsigned current = 0;
+};
+
+inline Machine machine;
+inline unsigned char* shared_memory() { return machine.shared_base; }
+
+inline void wait(Meeting* meeting, unsigned generation) {
+  Machine& m = machine;
+  Fiber& self = m.fibers[m.current];
+  if (meeting->generation != generation) return;
+  self.waits = meeting;
+  self.generation = generation;
+  swapcontext(&self.context, &m.scheduler);
+  self.waits = nullptr;
+}
+
+inline void run_thread() {
+  Machine& m = machine;
+  m.body();
+  m.fibers[m.current].done = true;
+  swapcontext(&m.fibers[m.current].context, &m.scheduler);
+}
+
+inline uint32_t random(uint32_t* state) {
+  *state ^= *state << 13;
+  *state ^= *state >> 17;
+  return *state ^= *state << 5;
+}
+
+// An order of 0..count-1.
+inline std::vector<unsigned> order(int64_t count, Schedule schedule, uint32_t* seed) {
+  std::vector<unsigned> out(count);
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = static_cast<unsigned>(schedule == Schedule::kReverse ? count - 1 - i : i);
+  }
+  if (schedule != Schedule::kShuffled) return out;
+  for (int64_t i = count - 1; i > 0; --i) std::swap(out[i], out[random(seed) % (i + 1)]);
+  return out;
+}
+
+inline void start_fibers(unsigned threads) {
+  Machine& m = machine;
+  if (m.fibers.size() < threads) m.fibers.resize(threads);
+  for (unsigned i = 0; i < threads; ++i) {
+    Fiber& fiber = m.fibers[i];
+    if (!fiber.stack) fiber.stack.reset(new char[kStack]);
+    fiber.done = false;
+    fiber.waits = nullptr;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, run_thread, 0);
+  }
+  m.cta = Meeting{};
+  m.cta.expected = static_cast<int>(threads);
+  m.warps.assign(threads / 32, Meeting{});
+  for (Meeting& warp : m.warps) warp.expected = 32;
+}
+
+inline void poison_shared(size_t bytes) {
+  Machine& m = machine;
+  m.shared.assign(bytes + 2 * kGuard + 16, kGuardByte);
+  const uintptr_t first = reinterpret_cast<uintptr_t>(m.shared.data()) + kGuard;
+  m.shared_base = reinterpret_cast<unsigned char*>((first + 15) / 16 * 16);
+  std::memset(m.shared_base, kPoison, bytes);
+}
+
+inline void check_shared(size_t bytes) {
+  Machine& m = machine;
+  for (const unsigned char* p = m.shared.data(); p < m.shared.data() + m.shared.size(); ++p) {
+    const bool guard = p < m.shared_base || p >= m.shared_base + bytes;
+    if (guard && *p != kGuardByte)
+      throw std::runtime_error("a kernel wrote outside its shared memory");
+  }
+}
+
+inline void run_cta(unsigned threads) {
+  Machine& m = machine;
+  start_fibers(threads);
+  unsigned alive = threads;
+  while (alive > 0) {
+    bool progress = false;
+    for (unsigned i : order(threads, m.schedule, &m.seed)) {
+      if (!m.fibers[i].runnable()) continue;
+      progress = true;
+      m.current = i;
+      threadIdx.x = i;
+      swapcontext(&m.scheduler, &m.fibers[i].context);
+      if (m.fibers[i].done) --alive;
+    }
+    if (!progress) throw std::runtime_error("deadlock: threads wait where others do not arrive");
+  }
+}
+
+template <typename Params>
+void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared,
+            const Params& params) {
+  Machine& m = machine;
+  if (blocks < 1 || blocks > 0x7fffffff) throw std::runtime_error("grid size out of range");
+  if (threads < 32 || threads > 1024 || threads % 32) throw std::runtime_error("block size");
+  blockDim.x = static_cast<unsigned>(threads);
+  gridDim.x = static_cast<unsigned>(blocks);
+  m.body = [&] { kernel(params); };
+  for (unsigned block : order(blocks, m.schedule, &m.seed)) {
+    blockIdx.x = block;
+    poison_shared(shared);
+    run_cta(static_cast<unsigned>(threads));
+    check_shared(shared);
+  }
+}
+
+// All lanes of the warp leave a value and read lane `from` of it.
+template <typename T>
+T exchange(unsigned mask, T value, int from, unsigned* ballot = nullptr) {
+  if (mask != 0xffffffffu) throw std::runtime_error("only whole warps are emulated");
+  Machine& m = machine;
+  const unsigned lane = m.current % 32;
+  Meeting& warp = m.warps[m.current / 32];
+  const unsigned parity = warp.generation & 1;
+  warp.value[parity][lane] = 0;
+  std::memcpy(&warp.value[parity][lane], &value, sizeof(T));
+  wait(&warp, warp.arrive());
+  if (ballot) {
+    *ballot = 0;
+    for (unsigned i = 0; i < 32; ++i) *ballot |= static_cast<unsigned>(warp.value[parity][i]) << i;
+  }
+  T out;
+  std::memcpy(&out, &warp.value[parity][from], sizeof(T));
+  return out;
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() {
+  emulator::wait(&emulator::machine.cta, emulator::machine.cta.arrive());
+}
+
+inline bool __syncthreads_or(bool value) {
+  emulator::Meeting& cta = emulator::machine.cta;
+  cta.any = cta.any || value;
+  emulator::wait(&cta, cta.arrive());
+  const bool result = cta.result;
+  __syncthreads();  // no later vote may overwrite the result before all have read it
+  return result;
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return emulator::exchange(mask, value, static_cast<int>(emulator::machine.current % 32) ^ lanes);
+}
+
+inline unsigned __ballot_sync(unsigned mask, bool value) {
+  unsigned ballot = 0;
+  emulator::exchange<uint64_t>(mask, value ? 1 : 0, 0, &ballot);
+  return ballot;
+}
+
+inline unsigned atomicOr(unsigned* address, unsigned value) {
+  const unsigned old = *address;
+  *address |= value;
+  return old;
+}
