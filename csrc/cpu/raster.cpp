@@ -58,8 +58,7 @@ using raster::Gap;
 using raster::Segment;
 using raster::SegmentGrad;
 
-// --- element types
-// -----------------------------------------------------------------------------------------
+// --- element types -----------------------------------------------------------------------------
 
 inline float widen_bfloat16(uint16_t bits) {
   const uint32_t wide = uint32_t(bits) << 16;
@@ -123,8 +122,7 @@ inline int64_t element_bytes(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }
 
-// --- scratch
-// -----------------------------------------------------------------------------------------------
+// --- scratch -----------------------------------------------------------------------------------
 
 // A grow-only array of plain values that starts out as `fill`; its users restore that.
 template <typename T>
@@ -178,6 +176,10 @@ struct Flags {
     height = rows;
     std::memset(bytes.reserve(tiles * rows, 0), 0, tiles * rows);
   }
+  void copy(const Flags& from, int64_t tiles) {
+    height = from.height;
+    std::memcpy(bytes.reserve(tiles * height, 0), from.bytes.data, tiles * height);
+  }
   uint8_t* column(int64_t tile) { return bytes.data + tile * height; }
   const uint8_t* column(int64_t tile) const { return bytes.data + tile * height; }
 };
@@ -213,8 +215,7 @@ Scratch<real>& scratch() {
   return instance;
 }
 
-// --- strokes to distance field
-// ------------------------------------------------------------------------------
+// --- strokes to distance field -----------------------------------------------------------------
 
 inline bool finite(double x) { return x - x == 0; }
 
@@ -364,13 +365,19 @@ void draw(Field<real>& field, const Strokes& strokes, const Canvas& canvas, cons
   splat(field, grid);
 }
 
-// Calls visit(tile, row) for every flagged vector.
+// Calls visit(tile, row) for every flagged vector, run of rows by run of rows.
 template <typename real, typename Visit>
 SKETCHFAST_INLINE void for_each_flagged(const Flags& flags, const Grid<real>& grid, Visit visit) {
-  for (int64_t tile = 0; tile < grid.tiles; ++tile) {
+  const int64_t tiles = grid.tiles, height = grid.height;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
     const uint8_t* column = flags.column(tile);
-    for (int64_t row = 0; row < grid.height; ++row)
-      if (column[row]) visit(tile, row);
+    int64_t row = 0;
+    while (row < height) {
+      const void* found = std::memchr(column + row, 1, height - row);
+      if (!found) break;
+      row = static_cast<const uint8_t*>(found) - column;
+      for (; row < height && column[row]; ++row) visit(tile, row);
+    }
   }
 }
 
@@ -392,8 +399,7 @@ SKETCHFAST_INLINE typename Simd<real>::V take_ink(Field<real>& field, const Canv
   return on_canvas(ink, tile, grid);
 }
 
-// --- blur
-// -------------------------------------------------------------------------------------------------
+// --- blur --------------------------------------------------------------------------------------
 
 template <typename real>
 void set_weights(Array<real>& weights, const Canvas& canvas) {
@@ -498,10 +504,9 @@ template <typename real, typename Keep, typename Emit>
 void emit_image(Scratch<real>& work, Field<real>& field, Flags& lit, const Canvas& canvas,
                 const Grid<real>& grid, Keep keep_ink, Emit emit) {
   if (grid.radius == 0) {
-    lit.clear(grid.tiles, grid.height);
+    lit.copy(field.hot, grid.tiles);
     for_each_flagged(field.hot, grid, [&](int64_t tile, int64_t row) {
       const auto ink = take_ink(field, canvas, grid, tile, row);
-      lit.column(tile)[row] = 1;
       keep_ink(tile, row, ink);
       emit(tile, row, ink);
     });
@@ -522,8 +527,7 @@ struct KeepNothing {
   SKETCHFAST_INLINE void operator()(T...) const {}
 };
 
-// --- image
-// ------------------------------------------------------------------------------------------------
+// --- image -------------------------------------------------------------------------------------
 
 template <typename real>
 void forward_one(const Strokes& strokes, const Canvas& canvas, void* image, Dtype dtype,
@@ -535,22 +539,28 @@ void forward_one(const Strokes& strokes, const Canvas& canvas, void* image, Dtyp
   const int64_t bytes = element_bytes(dtype), pixels = grid.height * grid.width;
   std::memset(static_cast<char*>(image) + b * pixels * bytes, 0, pixels * bytes);
   draw(work.drawn, strokes, canvas, grid, b, raster::kImageCutoff<real>);
-  emit_image(work, work.drawn, work.lit, canvas, grid, KeepNothing{},
-             [&](int64_t tile, int64_t row, V ink) {
-               const int64_t first = b * pixels + row * grid.width + tile * grid.lanes;
-               const int64_t valid = grid.valid(tile);
-               if (sizeof(real) == 4 && dtype == Dtype::float32 && valid == grid.lanes) {
-                 store(static_cast<float*>(image) + first, ink);
-               } else {
-                 real lanes[kLanes<real>];
-                 store(lanes, ink);
-                 store_elements(image, dtype, first, lanes, valid);
-               }
-             });
+  const auto emit = [&](auto put) {
+    emit_image(work, work.drawn, work.lit, canvas, grid, KeepNothing{},
+               [&grid, put, b, pixels](int64_t tile, int64_t row, V ink) {
+                 put(b * pixels + row * grid.width + tile * grid.lanes, ink, grid.valid(tile));
+               });
+  };
+  if constexpr (sizeof(real) == 4) {
+    if (dtype == Dtype::float32) {
+      float* to = static_cast<float*>(image);
+      return emit([to](int64_t first, V ink, int64_t valid) {
+        valid == kLanes<real> ? store(to + first, ink) : store_first(to + first, ink, valid);
+      });
+    }
+  }
+  emit([image, dtype](int64_t first, V ink, int64_t valid) {
+    real lanes[kLanes<real>];
+    store(lanes, ink);
+    store_elements(image, dtype, first, lanes, valid);
+  });
 }
 
-// --- gradient
-// ---------------------------------------------------------------------------------------------
+// --- gradient ----------------------------------------------------------------------------------
 
 // Each segment gathers from the hot pixels it won; `coefficient` is d loss / d d2 there.
 template <typename real>
@@ -653,8 +663,7 @@ void backward_one(const Strokes& strokes, const Canvas& canvas, const void* grad
   store_gradient(work, grad_points, strokes.dtype, strokes.steps, b);
 }
 
-// --- loss
-// -------------------------------------------------------------------------------------------------
+// --- loss --------------------------------------------------------------------------------------
 
 // The (blurred) ink of a field into `image`, zero where not `lit`.
 template <typename real, typename Keep>
@@ -724,8 +733,7 @@ void cross_entropy_one(const Strokes& strokes, const Canvas& canvas, const Loss&
                  strokes.steps, b);
 }
 
-// --- distance
-// ---------------------------------------------------------------------------------------------
+// --- distance ----------------------------------------------------------------------------------
 
 // Float32 arithmetic loses the pixel grid where coordinates are far off it; double serves those
 // sketches.
@@ -797,8 +805,7 @@ void distance_backward_one(const Strokes& strokes, const Canvas& canvas, const r
   store_gradient(work, grad_points, strokes.dtype, strokes.steps, b);
 }
 
-// --- entry points
-// -----------------------------------------------------------------------------------------
+// --- entry points ------------------------------------------------------------------------------
 
 void forward(const Strokes& strokes, const Canvas& canvas, void* image, Dtype dtype, int64_t begin,
              int64_t end) {
@@ -864,8 +871,7 @@ extern const Kernels SKETCHFAST_KERNELS_OF(SKETCHFAST_ISA) = {forward, backward,
 }  // namespace raster_cpu
 }  // namespace sketchfast
 
-// --- torch
-// ------------------------------------------------------------------------------------------------
+// --- torch -------------------------------------------------------------------------------------
 
 #if defined(SKETCHFAST_ISA_baseline)
 

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #define SKETCHFAST_INLINE inline __attribute__((always_inline))
 
 namespace sketchfast {
@@ -61,6 +65,19 @@ SKETCHFAST_INLINE void store(T* to, V v) {
 SKETCHFAST_VECTOR_FUNCTIONS(FloatV, Int32V)
 SKETCHFAST_VECTOR_FUNCTIONS(DoubleV, Int64V)
 #undef SKETCHFAST_VECTOR_FUNCTIONS
+
+// Stores the first `count` lanes.
+SKETCHFAST_INLINE void store_first(float* to, FloatV v, int64_t count) {
+#if defined(SKETCHFAST_ISA_avx512)
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << count) - 1), reinterpret_cast<__m512>(v));
+#elif defined(SKETCHFAST_ISA_avx2)
+  const Int32V lane = {0, 1, 2, 3, 4, 5, 6, 7};
+  const Int32V stored = lane < static_cast<int32_t>(count);
+  _mm256_maskstore_ps(to, reinterpret_cast<__m256i>(stored), reinterpret_cast<__m256>(v));
+#else
+  for (int64_t i = 0; i < count; ++i) to[i] = v[i];
+#endif
+}
 
 template <typename V>
 SKETCHFAST_INLINE auto sum_of_lanes(V v) {
