@@ -939,11 +939,11 @@ Canvas canvas_of(int64_t height, int64_t width, double sharpness, double offset,
   return {height, width, sharpness, offset, sigma, taps};
 }
 
-// Few enough chunks that waking a thread pays, one sketch at least.
+// A chunk is worth waking a thread for: a tenth of a millisecond or so, one sketch at least.
 template <typename Work>
 void over_batch(const Tensor& points, int64_t pixels, Work work) {
   const int64_t grain =
-      std::max<int64_t>(1, 8192 / std::max<int64_t>(1, pixels + 8 * points.size(1)));
+      std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(1, pixels + 8 * points.size(1)));
   torch::stable::parallel_for(0, points.size(0), grain, work);
 }
 
