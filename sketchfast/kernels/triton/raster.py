@@ -1,0 +1,1091 @@
+"""Stroke rasterization in Triton (DESIGN 4.1's definitions; schemas and fakes are in ops/raster.py).
+
+Tiling. A canvas of at most 64 x 64 is one tile, padded to powers of two: blur, loss and the gradient to the
+points then stay in one program, one launch each way. A larger canvas is cut into blocks of 32 x 32 (64 x 64
+where the blur is wide) that overlap by the blur's radius on every side; a program computes its whole block
+and keeps the inner part. Programs are persistent: at most `_MAX_PROGRAMS`, each striding over the tiles.
+
+Forward. A program tests the sketch's segments against its block, `CHUNK` at a time, one a thread, and writes
+what the pixel loop needs of those within reach to its own small list in global memory (it stays in L1). All
+threads then walk that list, every pixel keeping the least squared distance and its segment. An empty list
+costs no pixel work. The blur moves whole blocks in registers (`tl.gather`), two axes in turn.
+
+Backward. G, the blurred gradient of the image, is a plane. Then each segment sums over the pixels of its own
+band (its major axis extended by the reach, times the reach to either side) where the saved plane names it the
+winner. No atomics; every sum has one fixed order.
+
+Coordinates. A segment is held by the point of it nearest to the block's centre (found in float64, kept as
+integer + fraction), its direction, and the range [low, high] along it. Far ends only enter that range, so
+that float32 serves the pixels however far off the ends lie, and nothing finite becomes NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_MAX_PROGRAMS = 2112  # 16 for each of the 132 multiprocessors of an H100 or H200
+_SINGLE_TILE = 64  # the largest side of a canvas that one program holds
+_CHUNK = 128  # segments tested at once: one for each thread of four warps
+_GROUP = 16  # segments a gather step handles, the first of them for its end point only
+_LANES = 32  # pixels of each of those segments looked at together
+_FUSED_STEPS = 512  # up to so many points one program also gathers the gradient of a one-tile sketch
+_IMAGE_CUTOFF = 2.0**-24  # intensities below may be returned as 0
+_REST_OFFSET = 3.0  # above, ink is so near 1 that 1 - blur(ink) cancels: 1 - ink is blurred as well
+_LOSS_CUTOFF = 1e-13  # what the loss may lose: 1e-6 of the least probability, 1e-7
+_FAR = tl.constexpr(1e30)
+_FIELDS = tl.constexpr(11)  # of a listed segment: the ten of `_anchor` and its index
+
+
+# --- segments ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _wide(index):
+    """`index`, a loop variable, as int64."""
+    return tl.full((), 0, tl.int64) + index
+
+
+@triton.jit
+def _segment_count(lengths, sketch, steps, HAS_LENGTHS: tl.constexpr):
+    """How many segments the sketch may have: its length, clamped to [0, steps], less one."""
+    count = _wide(steps)
+    if HAS_LENGTHS:
+        count = tl.minimum(tl.maximum(tl.load(lengths + sketch), 0), count)
+    return tl.maximum(count - 1, 0).to(tl.int32)
+
+
+@triton.jit
+def _load_segments(points, pens, index, count, HAS_PENS: tl.constexpr):
+    """Ends (ax, ay, bx, by) of the segments `index`, 0 where there is none, and which of them exist."""
+    inside = (index >= 0) & (index < count)
+    start = points + index * 2
+    ax = tl.load(start, mask=inside, other=0.0).to(tl.float32)
+    ay = tl.load(start + 1, mask=inside, other=0.0).to(tl.float32)
+    bx = tl.load(start + 2, mask=inside, other=0.0).to(tl.float32)
+    by = tl.load(start + 3, mask=inside, other=0.0).to(tl.float32)
+    largest = tl.maximum(tl.maximum(tl.abs(ax), tl.abs(ay)), tl.maximum(tl.abs(bx), tl.abs(by)))
+    total = (ax - ax) + (ay - ay) + (bx - bx) + (by - by)  # NaN where an end is not finite
+    exists = inside & (largest < float("inf")) & (total == 0.0)
+    if HAS_PENS:
+        exists = exists & (tl.load(pens + index, mask=inside, other=0) != 0)
+    return (
+        tl.where(exists, ax, 0.0),
+        tl.where(exists, ay, 0.0),
+        tl.where(exists, bx, 0.0),
+        tl.where(exists, by, 0.0),
+        exists,
+    )
+
+
+@triton.jit
+def _bounded(x):
+    """A float64 as float32, held below what its square needs infinity for twice over."""
+    return tl.minimum(tl.maximum(x, -_FAR), _FAR).to(tl.float32)
+
+
+@triton.jit
+def _anchor(ax, ay, bx, by, centre_x, centre_y):
+    """Segments seen from a centre: (origin xy, anchor xy, step xy, dual xy, low, high), all float32.
+
+    origin + anchor is the point of the segment nearest to the centre, origin a whole pixel. The segment is
+    anchor + s * step for s in [low, high], low <= 0 <= high; step is b - a over a power of two, so that it is
+    exact wherever b - a is, and dual = step / |step|^2. A segment of length zero has step 0.
+    """
+    start_x = ax.to(tl.float64)
+    start_y = ay.to(tl.float64)
+    along_x = bx.to(tl.float64) - start_x
+    along_y = by.to(tl.float64) - start_y
+    largest = tl.maximum(tl.abs(along_x), tl.abs(along_y))
+    dot = largest <= 0.0
+    exponent = tl.where(dot, 1.0, largest).to(tl.int64, bitcast=True) & 0x7FF0000000000000
+    power = exponent.to(tl.float64, bitcast=True)  # of two: `largest` lies in [power, 2 * power)
+    shrink = (0x7FE0000000000000 - exponent).to(tl.float64, bitcast=True)  # 1 / power
+    step_x = along_x * shrink
+    step_y = along_y * shrink
+    inverse = tl.where(dot, 0.0, 1.0 / tl.where(dot, 1.0, step_x * step_x + step_y * step_y))
+    end = tl.where(dot, 0.0, power)
+    dual_x = step_x * inverse
+    dual_y = step_y * inverse
+    before = (centre_x - start_x) * dual_x + (centre_y - start_y) * dual_y
+    before = tl.minimum(tl.maximum(before, 0.0), end)
+    near_x = start_x + before * step_x
+    near_y = start_y + before * step_y
+    origin_x = tl.floor(near_x + 0.5)
+    origin_y = tl.floor(near_y + 0.5)
+    return (
+        _bounded(origin_x),
+        _bounded(origin_y),
+        _bounded(near_x - origin_x),
+        _bounded(near_y - origin_y),
+        step_x.to(tl.float32),
+        step_y.to(tl.float32),
+        dual_x.to(tl.float32),
+        dual_y.to(tl.float32),
+        _bounded(-before),
+        _bounded(end - before),
+    )
+
+
+@triton.jit
+def _gap(x, y, origin_x, origin_y, anchor_x, anchor_y, step_x, step_y, dual_x, dual_y, low, high):
+    """From the nearest point of a segment to pixel (x, y): (gap x, gap y, position s of that point)."""
+    from_x = (x - origin_x) - anchor_x
+    from_y = (y - origin_y) - anchor_y
+    position = tl.minimum(tl.maximum(from_x * dual_x + from_y * dual_y, low), high)
+    return from_x - position * step_x, from_y - position * step_y, position
+
+
+# --- the pixels of a block --------------------------------------------------------------------------------
+
+
+@triton.jit
+def _list_segments(
+    near, listed, index, ax, ay, bx, by, centre_x, centre_y, range2, CULL: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Writes the segments `near` whose distance from the centre is in range, in order; returns how many."""
+    ox, oy, px, py, ux, uy, vx, vy, low, high = _anchor(ax, ay, bx, by, centre_x, centre_y)
+    if CULL:
+        from_x = (ox - centre_x) + px
+        from_y = (oy - centre_y) + py
+        near = near & (from_x * from_x + from_y * from_y <= range2)
+    slot = listed + tl.cumsum(near.to(tl.int32), 0) - 1
+    tl.store(slot, ox, mask=near)
+    tl.store(slot + CHUNK, oy, mask=near)
+    tl.store(slot + 2 * CHUNK, px, mask=near)
+    tl.store(slot + 3 * CHUNK, py, mask=near)
+    tl.store(slot + 4 * CHUNK, ux, mask=near)
+    tl.store(slot + 5 * CHUNK, uy, mask=near)
+    tl.store(slot + 6 * CHUNK, vx, mask=near)
+    tl.store(slot + 7 * CHUNK, vy, mask=near)
+    tl.store(slot + 8 * CHUNK, low, mask=near)
+    tl.store(slot + 9 * CHUNK, high, mask=near)
+    tl.store(slot + 10 * CHUNK, index.to(tl.float32, bitcast=True), mask=near)
+    return tl.sum(near.to(tl.int32), 0)
+
+
+@triton.jit
+def _nearest(
+    points, pens, count, listed, x0, y0, height, width, reach, CULL: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """(d2, segment) of the block whose first pixel is (x0, y0): the least squared distance and whose it is.
+
+    +inf and -1 where no segment was looked at. With CULL, segments further than `reach` from every pixel of
+    the block that lies on the canvas are passed over. `listed` is this program's list.
+    """
+    x = (x0 + tl.arange(0, BLOCK_W)).to(tl.float32)[None, :]
+    y = (y0 + tl.arange(0, BLOCK_H)).to(tl.float32)[:, None]
+    centre_x = (x0 + BLOCK_W // 2).to(tl.float32)
+    centre_y = (y0 + BLOCK_H // 2).to(tl.float32)
+    left = tl.maximum(x0, 0).to(tl.float32) - reach
+    right = tl.minimum(x0 + BLOCK_W, width).to(tl.float32) - 1.0 + reach
+    top = tl.maximum(y0, 0).to(tl.float32) - reach
+    bottom = tl.minimum(y0 + BLOCK_H, height).to(tl.float32) - 1.0 + reach
+    half_x = BLOCK_W // 2 + reach
+    half_y = BLOCK_H // 2 + reach
+    range2 = 1.01 * (half_x * half_x + half_y * half_y)
+
+    best = tl.full((BLOCK_H, BLOCK_W), float("inf"), tl.float32)
+    winner = tl.full((BLOCK_H, BLOCK_W), -1, tl.int32)
+    for first in range(0, count, CHUNK):
+        index = first + tl.arange(0, CHUNK)
+        ax, ay, bx, by, near = _load_segments(points, pens, index, count, True)
+        if CULL:
+            near = near & (tl.maximum(ax, bx) >= left) & (tl.minimum(ax, bx) <= right)
+            near = near & (tl.maximum(ay, by) >= top) & (tl.minimum(ay, by) <= bottom)
+        if tl.sum(near.to(tl.int32), 0) > 0:
+            found = _list_segments(
+                near, listed, index, ax, ay, bx, by, centre_x, centre_y, range2, CULL, CHUNK
+            )
+            tl.debug_barrier()  # the list is read by other threads than wrote it
+            for k in range(found):
+                entry = listed + k
+                gap_x, gap_y, _ = _gap(
+                    x,
+                    y,
+                    tl.load(entry),
+                    tl.load(entry + CHUNK),
+                    tl.load(entry + 2 * CHUNK),
+                    tl.load(entry + 3 * CHUNK),
+                    tl.load(entry + 4 * CHUNK),
+                    tl.load(entry + 5 * CHUNK),
+                    tl.load(entry + 6 * CHUNK),
+                    tl.load(entry + 7 * CHUNK),
+                    tl.load(entry + 8 * CHUNK),
+                    tl.load(entry + 9 * CHUNK),
+                )
+                d2 = gap_x * gap_x + gap_y * gap_y
+                closer = d2 < best  # strictly: of equals the lowest index stays
+                best = tl.where(closer, d2, best)
+                winner = tl.where(closer, tl.load(entry + 10 * CHUNK).to(tl.int32, bitcast=True), winner)
+            tl.debug_barrier()  # and is overwritten next
+    return best, winner
+
+
+@triton.jit
+def _sigmoid(z):
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def _draw(
+    points, pens, count, listed, x0, y0, height, width, sharpness, offset, reach, reach2,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """(ink, rest, segment) of a block before the blur; rest = 1 - ink, formed without cancellation.
+
+    0, 1 and -1 where the nearest segment is out of reach, and off the canvas: there the blur pads.
+    """
+    d2, winner = _nearest(
+        points, pens, count, listed, x0, y0, height, width, reach, True, BLOCK_H, BLOCK_W, CHUNK
+    )
+    row = (y0 + tl.arange(0, BLOCK_H))[:, None]
+    column = (x0 + tl.arange(0, BLOCK_W))[None, :]
+    canvas = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    drawn = canvas & (winner >= 0) & (d2 <= reach2)
+    logit = offset - sharpness * d2
+    ink = tl.where(drawn, _sigmoid(logit), 0.0)
+    rest = tl.where(drawn, _sigmoid(-logit), 1.0)
+    return ink, rest, tl.where(drawn, winner, -1)
+
+
+@triton.jit
+def _blur_axis(
+    image, outside, centre, falloff, AXIS: tl.constexpr, RADIUS: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """One axis of `_blur`."""
+    side: tl.constexpr = BLOCK_H if AXIS == 0 else BLOCK_W
+    if AXIS == 0:
+        position = tl.broadcast_to(tl.arange(0, BLOCK_H)[:, None], (BLOCK_H, BLOCK_W))
+    else:
+        position = tl.broadcast_to(tl.arange(0, BLOCK_W)[None, :], (BLOCK_H, BLOCK_W))
+    blurred = image * centre
+    # Taps further off than the block is wide meet nothing but what is outside.
+    taps: tl.constexpr = min(RADIUS, side - 1)
+    for k in range(1, taps + 1):
+        weight = centre * tl.exp(-falloff * (k * k))
+        below = tl.gather(image, tl.maximum(position - k, 0), AXIS)
+        above = tl.gather(image, tl.minimum(position + k, side - 1), AXIS)
+        below = tl.where(position >= k, below, outside)
+        above = tl.where(position + k < side, above, outside)
+        blurred += weight * (below + above)
+    for k in range(taps + 1, RADIUS + 1):
+        blurred += 2.0 * outside * centre * tl.exp(-falloff * (k * k))
+    return blurred
+
+
+@triton.jit
+def _blur(
+    image, outside, centre, falloff, RADIUS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr
+):
+    """Separable Gaussian of a block, weights centre * exp(-falloff * k^2); `outside` surrounds the block."""
+    if RADIUS > 0:
+        image = _blur_axis(image, outside, centre, falloff, 0, RADIUS, BLOCK_H, BLOCK_W)
+        image = _blur_axis(image, outside, centre, falloff, 1, RADIUS, BLOCK_H, BLOCK_W)
+    return image
+
+
+@triton.jit
+def _place(tile, tiles_y, tiles_x, halo, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """(sketch as int64, first row, first column) of the block of tile number `tile`."""
+    tile = _wide(tile)
+    sketch = tile // (tiles_y * tiles_x)
+    within = (tile - sketch * (tiles_y * tiles_x)).to(tl.int32)
+    tile_y = within // tiles_x
+    tile_x = within - tile_y * tiles_x
+    return sketch, tile_y * (BLOCK_H - 2 * halo) - halo, tile_x * (BLOCK_W - 2 * halo) - halo
+
+
+@triton.jit
+def _pixels(x0, y0, height, width, halo, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """(offset in the sketch's plane, on the canvas, and also inside the halo: the pixels this tile owns)."""
+    i = tl.arange(0, BLOCK_H)[:, None]
+    j = tl.arange(0, BLOCK_W)[None, :]
+    canvas = (y0 + i >= 0) & (y0 + i < height) & (x0 + j >= 0) & (x0 + j < width)
+    inner = (i >= halo) & (i < BLOCK_H - halo) & (j >= halo) & (j < BLOCK_W - halo)
+    return (y0 + i) * width + (x0 + j), canvas, canvas & inner
+
+
+# --- the gradient of a group of segments ------------------------------------------------------------------
+
+
+@triton.jit
+def _segment_band(size, anchor, unit, low, high, reach):
+    """First and last pixel coordinate, along one axis, within `reach` of segments on a canvas of `size`."""
+    one_end = anchor + low * unit
+    other_end = anchor + high * unit
+    first = tl.maximum(tl.minimum(one_end, other_end) - reach - 0.5, 0.0)
+    last = tl.minimum(tl.maximum(one_end, other_end) + reach + 0.5, size - 1.0)
+    first = tl.minimum(first, size * 1.0)
+    last = tl.maximum(last, -1.0)
+    return tl.ceil(first).to(tl.int32), tl.floor(last).to(tl.int32)
+
+
+@triton.jit
+def _gather_group(
+    gradient, winners, points, pens, grad_points, first, count, steps, height, width, sharpness, offset,
+    reach, band, HAS_PENS: tl.constexpr, INTENSITY: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Writes grad_points[first + 1 : first + GROUP] from the segments first : first + GROUP.
+
+    `gradient` and `winners` are planes of one sketch. Each segment visits the pixels of its band: `band`
+    pixels across for every pixel along its major axis. INTENSITY: the plane is the gradient of the ink,
+    else of d2.
+    """
+    index = first + tl.arange(0, GROUP)
+    ax, ay, bx, by, exists = _load_segments(points, pens, index, count, HAS_PENS)
+    ox, oy, px, py, ux, uy, vx, vy, low, high = _anchor(ax, ay, bx, by, width // 2, height // 2)
+    upright = tl.abs(uy) > tl.abs(ux)  # the major axis is y
+    major_size = tl.where(upright, height, width)
+    minor_size = tl.where(upright, width, height)
+    major_anchor = tl.where(upright, oy + py, ox + px)
+    minor_anchor = tl.where(upright, ox + px, oy + py)
+    major_unit = tl.where(upright, uy, ux)
+    slope = tl.where(upright, ux, uy) / tl.where(major_unit == 0.0, 1.0, major_unit)
+    begin, end = _segment_band(major_size, major_anchor, major_unit, low, high, reach)
+    visits = tl.where(exists, tl.maximum(end - begin + 1, 0) * band, 0)
+
+    start_x = tl.zeros((GROUP, LANES), tl.float32)
+    start_y = tl.zeros((GROUP, LANES), tl.float32)
+    end_x = tl.zeros((GROUP, LANES), tl.float32)
+    end_y = tl.zeros((GROUP, LANES), tl.float32)
+    length = high - low
+    inverse = tl.where(length > 1e-30, 1.0 / tl.where(length > 1e-30, length, 1.0), 0.0)
+    for lane in range(0, tl.max(visits, 0), LANES):
+        visit = lane + tl.arange(0, LANES)[None, :]
+        along = visit // band
+        major = begin[:, None] + along
+        middle = minor_anchor[:, None] + (major.to(tl.float32) - major_anchor[:, None]) * slope[:, None]
+        middle = tl.minimum(tl.maximum(middle, 0.0), minor_size[:, None] - 1.0)
+        minor = tl.floor(middle + 0.5).to(tl.int32) - band // 2
+        minor = tl.maximum(tl.minimum(minor, minor_size[:, None] - band), 0) + (visit - along * band)
+        x = tl.where(upright[:, None], minor, major)
+        y = tl.where(upright[:, None], major, minor)
+        valid = (visit < visits[:, None]) & (minor < minor_size[:, None])
+        pixel = y * width + x
+        won = tl.load(winners + pixel, mask=valid, other=-1).to(tl.int32) == index[:, None]
+        won = won & valid
+        weight = tl.load(gradient + pixel, mask=won, other=0.0).to(tl.float32)
+        gap_x, gap_y, position = _gap(
+            x.to(tl.float32),
+            y.to(tl.float32),
+            ox[:, None],
+            oy[:, None],
+            px[:, None],
+            py[:, None],
+            ux[:, None],
+            uy[:, None],
+            vx[:, None],
+            vy[:, None],
+            low[:, None],
+            high[:, None],
+        )
+        if INTENSITY:
+            logit = offset - sharpness * (gap_x * gap_x + gap_y * gap_y)
+            weight = weight * (-sharpness * _sigmoid(logit) * _sigmoid(-logit))
+        # d d2 / d(end points) = -2 * gap, shared by the position of the nearest point between them
+        weight = tl.where(won, -2.0 * weight, 0.0)
+        fraction = (position - low[:, None]) * inverse[:, None]
+        pull_x = tl.where(won, weight * gap_x, 0.0)
+        pull_y = tl.where(won, weight * gap_y, 0.0)
+        end_x += pull_x * fraction
+        end_y += pull_y * fraction
+        start_x += pull_x * (1.0 - fraction)
+        start_y += pull_y * (1.0 - fraction)
+
+    # Point t starts segment t and ends segment t - 1: the slot before.
+    before = tl.maximum(tl.arange(0, GROUP) - 1, 0)
+    grad_x = tl.sum(start_x, 1) + tl.gather(tl.sum(end_x, 1), before, 0)
+    grad_y = tl.sum(start_y, 1) + tl.gather(tl.sum(end_y, 1), before, 0)
+    owned = (tl.arange(0, GROUP) > 0) & (index < steps)
+    tl.store(grad_points + index * 2, grad_x, mask=owned)
+    tl.store(grad_points + index * 2 + 1, grad_y, mask=owned)
+
+
+@triton.jit
+def _gather_sketch(
+    gradient, winners, points, pens, grad_points, count, steps, height, width, sharpness, offset, reach, band,
+    GROUP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """The gradient of every point of one sketch, group after group."""
+    for first in range(-1, steps - 1, GROUP - 1):
+        _gather_group(
+            gradient, winners, points, pens, grad_points, first, count, steps, height, width, sharpness,
+            offset, reach, band, True, True, GROUP, LANES,
+        )  # fmt: skip
+
+
+# --- kernels ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _draw_kernel(
+    points, pens, lengths, image, winners, lists, steps, height, width, tiles_y, tiles_x, tiles, sharpness,
+    offset, reach, reach2, centre, falloff, HAS_LENGTHS: tl.constexpr, SAVE: tl.constexpr,
+    RADIUS: tl.constexpr, HALO: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """image [B, H, W] and, with SAVE, winners [B, H, W] (-1: none in reach). One tile at a time."""
+    listed = lists + _wide(tl.program_id(0)) * (_FIELDS * CHUNK)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        sketch, y0, x0 = _place(tile, tiles_y, tiles_x, HALO, BLOCK_H, BLOCK_W)
+        count = _segment_count(lengths, sketch, steps, HAS_LENGTHS)
+        ink, _, winner = _draw(
+            points + sketch * steps * 2, pens + sketch * steps, count, listed, x0, y0, height, width,
+            sharpness, offset, reach, reach2, BLOCK_H, BLOCK_W, CHUNK,
+        )  # fmt: skip
+        ink = _blur(ink, 0.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W)
+        pixel, _, owned = _pixels(x0, y0, height, width, HALO, BLOCK_H, BLOCK_W)
+        plane = sketch * height * width
+        tl.store(image + plane + pixel, ink, mask=owned)
+        if SAVE:
+            tl.store(winners + plane + pixel, winner, mask=owned)
+
+
+@triton.jit
+def _distance_kernel(
+    points, pens, lengths, distance2, winners, lists, steps, height, width, tiles_y, tiles_x, tiles,
+    HAS_LENGTHS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """distance2 and winners [B, H, W], exact everywhere: every pixel meets every segment."""
+    listed = lists + _wide(tl.program_id(0)) * (_FIELDS * CHUNK)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        sketch, y0, x0 = _place(tile, tiles_y, tiles_x, 0, BLOCK_H, BLOCK_W)
+        count = _segment_count(lengths, sketch, steps, HAS_LENGTHS)
+        d2, winner = _nearest(
+            points + sketch * steps * 2, pens + sketch * steps, count, listed, x0, y0, height, width, 0.0,
+            False, BLOCK_H, BLOCK_W, CHUNK,
+        )  # fmt: skip
+        pixel, _, owned = _pixels(x0, y0, height, width, 0, BLOCK_H, BLOCK_W)
+        plane = sketch * height * width
+        tl.store(distance2 + plane + pixel, d2, mask=owned)
+        tl.store(winners + plane + pixel, winner, mask=owned)
+
+
+@triton.jit
+def _blur_kernel(
+    image, blurred, height, width, tiles_y, tiles_x, tiles, centre, falloff, RADIUS: tl.constexpr,
+    HALO: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """blurred [B, H, W], both axes, tile by tile; the blur is its own transpose."""
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        sketch, y0, x0 = _place(tile, tiles_y, tiles_x, HALO, BLOCK_H, BLOCK_W)
+        pixel, canvas, owned = _pixels(x0, y0, height, width, HALO, BLOCK_H, BLOCK_W)
+        plane = sketch * height * width
+        block = tl.load(image + plane + pixel, mask=canvas, other=0.0).to(tl.float32)
+        block = _blur(block, 0.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W)
+        tl.store(blurred + plane + pixel, block, mask=owned)
+
+
+@triton.jit
+def _wide_blur_kernel(image, blurred, extent, stride, total, radius, centre, falloff, BLOCK: tl.constexpr):
+    """One axis (of `extent` pixels, `stride` apart) of a blur too wide for a block's halo."""
+    pixel = _wide(tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < total
+    position = ((pixel // stride) % extent).to(tl.int32)
+    block = centre * tl.load(image + pixel, mask=inside, other=0.0).to(tl.float32)
+    for k in range(1, radius + 1):
+        below = tl.load(image + pixel - _wide(k) * stride, mask=inside & (position >= k), other=0.0)
+        above = tl.load(image + pixel + _wide(k) * stride, mask=inside & (position + k < extent), other=0.0)
+        block += centre * tl.exp(-falloff * (k * k)) * (below.to(tl.float32) + above.to(tl.float32))
+    tl.store(blurred + pixel, block, mask=inside)
+
+
+@triton.jit
+def _gather_kernel(
+    gradient, winners, points, pens, lengths, grad_points, steps, height, width, groups, sharpness, offset,
+    reach, band, HAS_LENGTHS: tl.constexpr, HAS_PENS: tl.constexpr, INTENSITY: tl.constexpr,
+    GROUP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """grad_points [B, T, 2] from the planes `gradient` and `winners`; one program a group of points."""
+    sketch = _wide(tl.program_id(0)) // groups
+    group = (tl.program_id(0) - sketch * groups).to(tl.int32)
+    count = _segment_count(lengths, sketch, steps, HAS_LENGTHS)
+    plane = sketch * height * width
+    _gather_group(
+        gradient + plane, winners + plane, points + sketch * steps * 2, pens + sketch * steps,
+        grad_points + sketch * steps * 2, group * (GROUP - 1) - 1, count, steps, height, width, sharpness,
+        offset, reach, band, HAS_PENS, INTENSITY, GROUP, LANES,
+    )  # fmt: skip
+
+
+@triton.jit
+def _blur_gather_kernel(
+    grad, winners, points, pens, lengths, grad_points, scratch, batch, steps, height, width, sharpness,
+    offset, reach, band, centre, falloff, HAS_LENGTHS: tl.constexpr, RADIUS: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """grad_points [B, T, 2] where the canvas is one tile: the blur and the gather in one program a sketch."""
+    blurred = scratch + _wide(tl.program_id(0)) * height * width
+    pixel, canvas, _ = _pixels(0, 0, height, width, 0, BLOCK_H, BLOCK_W)
+    for turn in range(tl.program_id(0), batch, tl.num_programs(0)):
+        sketch = _wide(turn)
+        plane = sketch * height * width
+        block = tl.load(grad + plane + pixel, mask=canvas, other=0.0).to(tl.float32)
+        block = _blur(block, 0.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W)
+        tl.store(blurred + pixel, block, mask=canvas)
+        tl.debug_barrier()
+        count = _segment_count(lengths, sketch, steps, HAS_LENGTHS)
+        _gather_sketch(
+            blurred, winners + plane, points + sketch * steps * 2, pens + sketch * steps,
+            grad_points + sketch * steps * 2, count, steps, height, width, sharpness, offset, reach, band,
+            GROUP, LANES,
+        )  # fmt: skip
+        tl.debug_barrier()
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x), accurate for small x (Kahan)."""
+    sum1 = 1.0 + x
+    small = sum1 == 1.0
+    quotient = x / tl.where(small, 1.0, sum1 - 1.0)
+    return tl.where(small, x, tl.log(sum1) * quotient)
+
+
+@triton.jit
+def _cross_entropy(p, q, target, weight):
+    """(loss, d loss / d p) of probabilities p and q = 1 - p, clamped to [1e-7, 1 - 1e-7], times `weight`."""
+    free = (p >= 1e-7) & (q >= 1e-7)
+    p = tl.maximum(p, 1e-7)
+    q = tl.maximum(q, 1e-7)
+    log_p = tl.where(p > 0.5, _log1p(-q), tl.log(p))
+    log_q = tl.where(p > 0.5, tl.log(q), _log1p(-p))
+    loss = -(target * log_p + (1.0 - target) * log_q)
+    slope = (1.0 - target) / q - target / p
+    return loss * weight, tl.where(free, slope * weight, 0.0)
+
+
+@triton.jit
+def _bce_kernel(
+    points, pens, lengths, target, target_points, target_pens, target_lengths, losses, gradient, winners,
+    grad_points, lists, steps, target_steps, height, width, tiles_y, tiles_x, tiles, sharpness, offset, reach,
+    reach2, band, centre, falloff, HAS_LENGTHS: tl.constexpr, TARGET_STROKES: tl.constexpr,
+    HAS_TARGET_LENGTHS: tl.constexpr, BLUR_REST: tl.constexpr, NEED_GRAD: tl.constexpr,
+    FUSED: tl.constexpr, RADIUS: tl.constexpr, HALO: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """losses [B, tiles of a sketch], each tile's share of the mean over pixels; then one of
+
+    NEED_GRAD and FUSED (one tile a sketch): grad_points [B, T, 2]; gradient and winners are scratch of one
+    plane a program.
+    NEED_GRAD: gradient [B, H, W] (of the blurred image, before the blur's transpose) and winners [B, H, W].
+    """
+    listed = lists + _wide(tl.program_id(0)) * (_FIELDS * CHUNK)
+    share = 1.0 / (height * width)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        sketch, y0, x0 = _place(tile, tiles_y, tiles_x, HALO, BLOCK_H, BLOCK_W)
+        pixel, _, owned = _pixels(x0, y0, height, width, HALO, BLOCK_H, BLOCK_W)
+        plane = sketch * height * width
+        if TARGET_STROKES:
+            target_count = _segment_count(target_lengths, sketch, target_steps, HAS_TARGET_LENGTHS)
+            wanted, _, _ = _draw(
+                target_points + sketch * target_steps * 2, target_pens + sketch * target_steps, target_count,
+                listed, x0, y0, height, width, sharpness, offset, reach, reach2, BLOCK_H, BLOCK_W, CHUNK,
+            )  # fmt: skip
+            wanted = _blur(wanted, 0.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W)
+        else:
+            wanted = tl.load(target + plane + pixel, mask=owned, other=0.0)
+        count = _segment_count(lengths, sketch, steps, HAS_LENGTHS)
+        ink, rest, winner = _draw(
+            points + sketch * steps * 2, pens + sketch * steps, count, listed, x0, y0, height, width,
+            sharpness, offset, reach, reach2, BLOCK_H, BLOCK_W, CHUNK,
+        )  # fmt: skip
+        if RADIUS > 0:
+            ink = _blur(ink, 0.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W)
+            if BLUR_REST:
+                rest = _blur(rest, 1.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W)
+            else:
+                rest = 1.0 - ink
+        loss, slope = _cross_entropy(ink, rest, wanted, share)
+        tl.store(losses + _wide(tile), tl.sum(tl.sum(tl.where(owned, loss, 0.0), 1), 0))
+        if NEED_GRAD:
+            slope = tl.where(owned, slope, 0.0)
+            if FUSED:
+                slope = _blur(slope, 0.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W)
+                plane = _wide(tl.program_id(0)) * height * width
+            tl.store(gradient + plane + pixel, slope, mask=owned)
+            tl.store(winners + plane + pixel, winner, mask=owned)
+            if FUSED:
+                tl.debug_barrier()
+                _gather_sketch(
+                    gradient + plane, winners + plane, points + sketch * steps * 2, pens + sketch * steps,
+                    grad_points + sketch * steps * 2, count, steps, height, width, sharpness, offset, reach,
+                    band, GROUP, LANES,
+                )  # fmt: skip
+                tl.debug_barrier()
+
+
+# --- launchers: plain launches, everything chosen from shapes and scalars ---------------------------------
+
+
+def _reach(sharpness: float, offset: float, cutoff: float) -> tuple[float, float]:
+    """(reach in pixels, its square): beyond it intensities are under `cutoff`. Square -1: they all are."""
+    square = (offset - math.log(cutoff) + math.log1p(-cutoff)) / sharpness
+    return (min(math.sqrt(square), 1e9), min(square, 1e38)) if square >= 0 else (0.0, -1.0)
+
+
+def _band(reach: float, height: int, width: int) -> int:
+    """Pixels across a segment's band: at up to 45 degrees, `reach` is sqrt(2) reach along an axis."""
+    return min(2 * math.ceil(math.sqrt(2) * min(reach, 1e6) + 1) + 1, max(height, width))
+
+
+def _gaussian(blur_sigma: float, blur_taps: int) -> tuple[int, float, float]:
+    """(radius, centre, falloff): weights centre * exp(-falloff * k^2) sum to 1; radius 0 is no blur."""
+    radius = blur_taps // 2
+    if blur_sigma <= 0 or radius == 0:
+        return 0, 1.0, 0.0
+    falloff = min(0.5 / blur_sigma**2 if blur_sigma > 1e-18 else 1e36, 1e36)
+    return radius, 1.0 / math.fsum(math.exp(-falloff * k * k) for k in range(-radius, radius + 1)), falloff
+
+
+def _tiling(height: int, width: int, radius: int) -> dict[str, Any] | None:
+    """BLOCK_H, BLOCK_W, HALO, and tiles each way; None where the blur is too wide for a block's halo."""
+    if max(height, width) <= _SINGLE_TILE:
+        block_h, block_w = (max(16, triton.next_power_of_2(side)) for side in (height, width))
+        halo = 0
+    elif radius <= 16:
+        block_h = block_w = 32 if radius <= 4 else 64
+        halo = radius
+    else:
+        return None
+    return {
+        "BLOCK_H": block_h,
+        "BLOCK_W": block_w,
+        "HALO": halo,
+        "tiles_y": triton.cdiv(height, block_h - 2 * halo),
+        "tiles_x": triton.cdiv(width, block_w - 2 * halo),
+    }
+
+
+def _warps(tiling: dict[str, Any]) -> int:
+    """About eight pixels a thread."""
+    pixels = tiling["BLOCK_H"] * tiling["BLOCK_W"]
+    return 2 if pixels <= 512 else 4 if pixels <= 1024 else 8
+
+
+def _chunk(steps: int) -> int:
+    return min(_CHUNK, max(16, triton.next_power_of_2(steps)))
+
+
+def _lists(like: Tensor, programs: int, chunk: int) -> Tensor:
+    return like.new_empty((programs, _FIELDS.value, chunk), dtype=torch.float32)
+
+
+def _segment_dtype(steps: int) -> torch.dtype:
+    return torch.int16 if steps <= 2**15 else torch.int32
+
+
+def _bytes(pen_down: Tensor) -> Tensor:
+    return pen_down.contiguous().view(torch.uint8)
+
+
+def _lengths(lengths: Tensor | None, points: Tensor) -> Tensor:
+    """`lengths`, or something that is never read in its place."""
+    return points if lengths is None else lengths.contiguous()
+
+
+def _wide_blur(image: Tensor, blur: tuple[int, float, float], dtype: torch.dtype) -> Tensor:
+    """Both axes through memory; for radii that no block has room for."""
+    _, height, width = image.shape
+    across = torch.empty_like(image, dtype=torch.float32)
+    blurred = torch.empty_like(image, dtype=dtype)
+    grid = (triton.cdiv(image.numel(), 1024),)
+    with torch.cuda.device_of(image):
+        _wide_blur_kernel[grid](image, across, width, 1, image.numel(), *blur, BLOCK=1024)
+        _wide_blur_kernel[grid](across, blurred, height, width, image.numel(), *blur, BLOCK=1024)
+    return blurred
+
+
+def _blur_plane(image: Tensor, blur: tuple[int, float, float]) -> Tensor:
+    """The blurred plane in float32."""
+    batch, height, width = image.shape
+    tiling = _tiling(height, width, blur[0])
+    if tiling is None:
+        return _wide_blur(image, blur, torch.float32)
+    blurred = torch.empty_like(image, dtype=torch.float32)
+    tiles = batch * tiling["tiles_y"] * tiling["tiles_x"]
+    with torch.cuda.device_of(image):
+        _blur_kernel[(min(tiles, _MAX_PROGRAMS),)](
+            image,
+            blurred,
+            height,
+            width,
+            tiles=tiles,
+            centre=blur[1],
+            falloff=blur[2],
+            RADIUS=blur[0],
+            num_warps=_warps(tiling),
+            **tiling,
+        )
+    return blurred
+
+
+def _draw_images(
+    points: Tensor,
+    pen_down: Tensor,
+    lengths: Tensor | None,
+    height: int,
+    width: int,
+    sharpness: float,
+    offset: float,
+    blur: tuple[int, float, float],
+    dtype: torch.dtype,
+    save: bool,
+    cutoff: float,
+) -> tuple[Tensor, Tensor]:
+    """(image, winners), intensities under `cutoff` dropped."""
+    batch, steps = points.shape[:2]
+    tiling = _tiling(height, width, blur[0])
+    if tiling is None:
+        plain = (0, 1.0, 0.0)
+        image, winners = _draw_images(
+            points, pen_down, lengths, height, width, sharpness, offset, plain, torch.float32, save, cutoff
+        )
+        return _wide_blur(image, blur, dtype) if image.numel() else image.to(dtype), winners
+    image = points.new_empty((batch, height, width), dtype=dtype)
+    winners = points.new_empty((batch if save else 0, height, width), dtype=_segment_dtype(steps))
+    if image.numel() == 0:
+        return image, winners
+    tiles = batch * tiling["tiles_y"] * tiling["tiles_x"]
+    programs, chunk = min(tiles, _MAX_PROGRAMS), _chunk(steps)
+    reach, reach2 = _reach(sharpness, offset, cutoff)
+    with torch.cuda.device_of(points):
+        _draw_kernel[(programs,)](
+            points.contiguous(),
+            _bytes(pen_down),
+            _lengths(lengths, points),
+            image,
+            winners,
+            _lists(points, programs, chunk),
+            steps,
+            height,
+            width,
+            tiles=tiles,
+            sharpness=sharpness,
+            offset=offset,
+            reach=reach,
+            reach2=reach2,
+            centre=blur[1],
+            falloff=blur[2],
+            HAS_LENGTHS=lengths is not None,
+            SAVE=save,
+            RADIUS=blur[0],
+            CHUNK=chunk,
+            num_warps=_warps(tiling),
+            **tiling,
+        )
+    return image, winners
+
+
+def raster_fwd(
+    points: Tensor,
+    pen_down: Tensor,
+    lengths: Tensor | None,
+    height: int,
+    width: int,
+    sharpness: float,
+    offset: float,
+    blur_sigma: float,
+    blur_taps: int,
+    dtype: torch.dtype,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """(image [B, H, W] of `dtype`, winners [B, H, W] or, without `save`, [0, H, W])."""
+    blur = _gaussian(blur_sigma, blur_taps)
+    return _draw_images(
+        points, pen_down, lengths, height, width, sharpness, offset, blur, dtype, save, _IMAGE_CUTOFF
+    )
+
+
+def _gather(
+    gradient: Tensor,
+    winners: Tensor,
+    points: Tensor,
+    pen_down: Tensor | None,
+    lengths: Tensor | None,
+    sharpness: float,
+    offset: float,
+    reach: float,
+    intensity: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """grad_points [B, T, 2] from the plane of the gradient of the ink (`intensity`) or of d2."""
+    batch, steps = points.shape[:2]
+    height, width = winners.shape[1:]
+    grad_points = torch.empty_like(points, dtype=dtype)
+    groups = triton.cdiv(steps, _GROUP - 1)
+    with torch.cuda.device_of(points):
+        _gather_kernel[(batch * groups,)](
+            gradient.contiguous(),
+            winners.contiguous(),
+            points.contiguous(),
+            winners if pen_down is None else _bytes(pen_down),
+            _lengths(lengths, points),
+            grad_points,
+            steps,
+            height,
+            width,
+            groups,
+            sharpness,
+            offset,
+            reach,
+            _band(reach, height, width),
+            HAS_LENGTHS=lengths is not None,
+            HAS_PENS=pen_down is not None,
+            INTENSITY=intensity,
+            GROUP=_GROUP,
+            LANES=_LANES,
+        )
+    return grad_points
+
+
+def raster_bwd(
+    grad: Tensor,
+    points: Tensor,
+    pen_down: Tensor,
+    lengths: Tensor | None,
+    segment: Tensor,
+    sharpness: float,
+    offset: float,
+    blur_sigma: float,
+    blur_taps: int,
+) -> Tensor:
+    """The gradient to the points [B, T, 2], in their dtype."""
+    if points.numel() == 0:
+        return torch.empty_like(points)
+    reach, _ = _reach(sharpness, offset, _IMAGE_CUTOFF)
+    return _points_gradient(
+        grad.contiguous(), segment, points, pen_down, lengths, sharpness, offset, reach,
+        _gaussian(blur_sigma, blur_taps), points.dtype,
+    )  # fmt: skip
+
+
+def _points_gradient(
+    grad: Tensor,
+    winners: Tensor,
+    points: Tensor,
+    pen_down: Tensor,
+    lengths: Tensor | None,
+    sharpness: float,
+    offset: float,
+    reach: float,
+    blur: tuple[int, float, float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """grad_points [B, T, 2] from the gradient of the blurred image."""
+    batch, steps = points.shape[:2]
+    height, width = winners.shape[1:]
+    if blur[0] == 0 or max(height, width) > _SINGLE_TILE or steps > _FUSED_STEPS:
+        plane = _blur_plane(grad, blur) if blur[0] else grad
+        return _gather(plane, winners, points, pen_down, lengths, sharpness, offset, reach, True, dtype)
+    tiling = _tiling(height, width, blur[0])
+    assert tiling is not None  # one tile has room for any blur
+    grad_points = torch.empty_like(points, dtype=dtype)
+    programs = min(batch, _MAX_PROGRAMS)
+    with torch.cuda.device_of(points):
+        _blur_gather_kernel[(programs,)](
+            grad,
+            winners.contiguous(),
+            points.contiguous(),
+            _bytes(pen_down),
+            _lengths(lengths, points),
+            grad_points,
+            grad.new_empty((programs, height, width), dtype=torch.float32),
+            batch,
+            steps,
+            height,
+            width,
+            sharpness,
+            offset,
+            reach,
+            _band(reach, height, width),
+            centre=blur[1],
+            falloff=blur[2],
+            HAS_LENGTHS=lengths is not None,
+            RADIUS=blur[0],
+            BLOCK_H=tiling["BLOCK_H"],
+            BLOCK_W=tiling["BLOCK_W"],
+            GROUP=_GROUP,
+            LANES=_LANES,
+            num_warps=_warps(tiling),
+        )
+    return grad_points
+
+
+def stroke_distance_fwd(
+    points: Tensor, pen_down: Tensor, lengths: Tensor | None, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """(d2 [B, H, W] float32, segment [B, H, W] int32)."""
+    batch, steps = points.shape[:2]
+    distance2 = points.new_empty((batch, height, width), dtype=torch.float32)
+    winners = points.new_empty((batch, height, width), dtype=torch.int32)
+    if distance2.numel() == 0:
+        return distance2, winners
+    tiling = _tiling(height, width, 0)
+    assert tiling is not None  # there is no blur
+    tiles = batch * tiling["tiles_y"] * tiling["tiles_x"]
+    programs, chunk = min(tiles, _MAX_PROGRAMS), _chunk(steps)
+    with torch.cuda.device_of(points):
+        _distance_kernel[(programs,)](
+            points.contiguous(),
+            _bytes(pen_down),
+            _lengths(lengths, points),
+            distance2,
+            winners,
+            _lists(points, programs, chunk),
+            steps,
+            height,
+            width,
+            tiling["tiles_y"],
+            tiling["tiles_x"],
+            tiles,
+            HAS_LENGTHS=lengths is not None,
+            BLOCK_H=tiling["BLOCK_H"],
+            BLOCK_W=tiling["BLOCK_W"],
+            CHUNK=chunk,
+            num_warps=_warps(tiling),
+        )
+    return distance2, winners
+
+
+def stroke_distance_bwd(grad: Tensor, points: Tensor, segment: Tensor) -> Tensor:
+    """The gradient to the points [B, T, 2], in their dtype. `segment` alone says which segments exist."""
+    if points.numel() == 0:
+        return torch.empty_like(points)
+    return _gather(grad, segment, points, None, None, 1.0, 0.0, 1e9, False, points.dtype)
+
+
+def raster_bce(
+    points: Tensor,
+    pen_down: Tensor,
+    lengths: Tensor | None,
+    target: Tensor | None,
+    target_points: Tensor | None,
+    target_pen_down: Tensor | None,
+    target_lengths: Tensor | None,
+    height: int,
+    width: int,
+    sharpness: float,
+    offset: float,
+    blur_sigma: float,
+    blur_taps: int,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """(loss [B], its gradient to the points [B, T, 2] or, without `need_grad`, [0, T, 2]), float32."""
+    batch, steps = points.shape[:2]
+    blur = _gaussian(blur_sigma, blur_taps)
+    tiling = _tiling(height, width, blur[0])
+    if tiling is None and batch:
+        return _bce_of_images(
+            points, pen_down, lengths, target, target_points, target_pen_down, target_lengths, height, width,
+            sharpness, offset, blur, need_grad,
+        )  # fmt: skip
+    if tiling is None or batch == 0:
+        return (
+            points.new_empty(batch, dtype=torch.float32),
+            points.new_empty((0, steps, 2), dtype=torch.float32),
+        )
+    single = max(height, width) <= _SINGLE_TILE
+    fused = need_grad and single and steps <= _FUSED_STEPS
+    tiles_a_sketch = tiling["tiles_y"] * tiling["tiles_x"]
+    tiles = batch * tiles_a_sketch
+    programs = min(tiles, _MAX_PROGRAMS)
+    chunk = _chunk(max(steps, 0 if target_points is None else target_points.shape[1]))
+    reach, reach2 = _reach(sharpness, offset, _LOSS_CUTOFF)
+
+    losses = points.new_empty((batch, tiles_a_sketch), dtype=torch.float32)
+    planes = (programs if fused else batch if need_grad else 0, height, width)
+    gradient = points.new_empty(planes, dtype=torch.float32)
+    winners = points.new_empty(planes, dtype=_segment_dtype(steps))
+    grad_points = points.new_empty((batch if need_grad else 0, steps, 2), dtype=torch.float32)
+    with torch.cuda.device_of(points):
+        _bce_kernel[(programs,)](
+            points.contiguous(),
+            _bytes(pen_down),
+            _lengths(lengths, points),
+            points if target is None else target.contiguous(),
+            points if target_points is None else target_points.contiguous(),
+            points if target_pen_down is None else _bytes(target_pen_down),
+            _lengths(target_lengths, points),
+            losses,
+            gradient,
+            winners,
+            grad_points,
+            _lists(points, programs, chunk),
+            steps,
+            0 if target_points is None else target_points.shape[1],
+            height,
+            width,
+            tiles=tiles,
+            sharpness=sharpness,
+            offset=offset,
+            reach=reach,
+            reach2=reach2,
+            band=_band(reach, height, width),
+            centre=blur[1],
+            falloff=blur[2],
+            HAS_LENGTHS=lengths is not None,
+            TARGET_STROKES=target is None,
+            HAS_TARGET_LENGTHS=target_lengths is not None,
+            BLUR_REST=offset > _REST_OFFSET,
+            NEED_GRAD=need_grad,
+            FUSED=fused,
+            RADIUS=blur[0],
+            CHUNK=chunk,
+            GROUP=_GROUP,
+            LANES=_LANES,
+            num_warps=_warps(tiling),
+            **tiling,
+        )
+    loss = losses[:, 0] if tiles_a_sketch == 1 else losses.sum(1)
+    if need_grad and not fused and steps:
+        grad_points = _points_gradient(
+            gradient, winners, points, pen_down, lengths, sharpness, offset, reach, blur, torch.float32
+        )
+    return loss, grad_points
+
+
+def _bce_of_images(
+    points: Tensor,
+    pen_down: Tensor,
+    lengths: Tensor | None,
+    target: Tensor | None,
+    target_points: Tensor | None,
+    target_pen_down: Tensor | None,
+    target_lengths: Tensor | None,
+    height: int,
+    width: int,
+    sharpness: float,
+    offset: float,
+    blur: tuple[int, float, float],
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """raster_bce where the blur is too wide for a block: over whole images in memory."""
+
+    def draw(*strokes: Any, save: bool) -> tuple[Tensor, Tensor]:
+        return _draw_images(
+            *strokes, height, width, sharpness, offset, blur, torch.float32, save, _LOSS_CUTOFF
+        )
+
+    image, winners = draw(points, pen_down, lengths, save=need_grad)
+    if target is None:
+        target, _ = draw(target_points, target_pen_down, target_lengths, save=False)
+    ink = image.clamp(1e-7, 1 - 1e-7)
+    loss = -(target * ink.log() + (1 - target) * torch.log1p(-ink)).mean((1, 2))
+    if not need_grad or points.numel() == 0:
+        return loss, points.new_empty(
+            (points.shape[0] if need_grad else 0, *points.shape[1:]), dtype=loss.dtype
+        )
+    slope = torch.where(image == ink, (1 - target) / (1 - ink) - target / ink, 0.0) / (height * width)
+    reach, _ = _reach(sharpness, offset, _LOSS_CUTOFF)
+    return loss, _points_gradient(
+        slope, winners, points, pen_down, lengths, sharpness, offset, reach, blur, torch.float32
+    )
