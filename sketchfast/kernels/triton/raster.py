@@ -35,7 +35,8 @@ _CHUNK = 128  # segments tested at once: one for each thread of four warps
 _GROUP = 16  # segments a gather step handles, the first of them for its end point only
 _LANES = 32  # pixels of each of those segments looked at together
 _FUSED_STEPS = 512  # up to so many points one program also gathers the gradient of a one-tile sketch
-_IMAGE_CUTOFF = 2.0**-24  # intensities below may be returned as 0
+# An image may lose all ink under 2^-24, but the slopes of a long segment's many dim pixels add up.
+_IMAGE_CUTOFF = 2e-10
 _REST_OFFSET = 3.0  # above, ink is so near 1 that 1 - blur(ink) cancels: 1 - ink is blurred as well
 _LOSS_CUTOFF = 1e-13  # what the loss may lose: 1e-6 of the least probability, 1e-7
 _FAR = tl.constexpr(1e30)
@@ -139,6 +140,17 @@ def _gap(x, y, origin_x, origin_y, anchor_x, anchor_y, step_x, step_y, dual_x, d
     from_y = (y - origin_y) - anchor_y
     position = tl.minimum(tl.maximum(from_x * dual_x + from_y * dual_y, low), high)
     return from_x - position * step_x, from_y - position * step_y, position
+
+
+@triton.jit
+def _refined(gap_x, gap_y, position, step_x, step_y, dual_x, dual_y, low, high):
+    """The gap less its part along the segment, which only rounding left there.
+
+    The squared length does not feel that part, but the gradient does, to first order.
+    """
+    along = gap_x * dual_x + gap_y * dual_y
+    along = tl.where((position > low) & (position < high), along, 0.0)
+    return gap_x - along * step_x, gap_y - along * step_y
 
 
 # --- the pixels of a block --------------------------------------------------------------------------------
@@ -331,13 +343,13 @@ def _segment_band(size, anchor, unit, low, high, reach):
 @triton.jit
 def _gather_group(
     gradient, winners, points, pens, grad_points, first, count, steps, height, width, sharpness, offset,
-    reach, band, HAS_PENS: tl.constexpr, INTENSITY: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
+    reach, band, HAS_PENS: tl.constexpr, OF_INK: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Writes grad_points[first + 1 : first + GROUP] from the segments first : first + GROUP.
 
     `gradient` and `winners` are planes of one sketch. Each segment visits the pixels of its band: `band`
-    pixels across for every pixel along its major axis. INTENSITY: the plane is the gradient of the ink,
-    else of d2.
+    pixels across for every pixel along its major axis. OF_INK: the plane is the gradient of the ink, else
+    of d2.
     """
     index = first + tl.arange(0, GROUP)
     ax, ay, bx, by, exists = _load_segments(points, pens, index, count, HAS_PENS)
@@ -387,9 +399,20 @@ def _gather_group(
             low[:, None],
             high[:, None],
         )
-        if INTENSITY:
+        if OF_INK:
             logit = offset - sharpness * (gap_x * gap_x + gap_y * gap_y)
             weight = weight * (-sharpness * _sigmoid(logit) * _sigmoid(-logit))
+        gap_x, gap_y = _refined(
+            gap_x,
+            gap_y,
+            position,
+            ux[:, None],
+            uy[:, None],
+            vx[:, None],
+            vy[:, None],
+            low[:, None],
+            high[:, None],
+        )
         # d d2 / d(end points) = -2 * gap, shared by the position of the nearest point between them
         weight = tl.where(won, -2.0 * weight, 0.0)
         fraction = (position - low[:, None]) * inverse[:, None]
@@ -412,13 +435,13 @@ def _gather_group(
 @triton.jit
 def _gather_sketch(
     gradient, winners, points, pens, grad_points, count, steps, height, width, sharpness, offset, reach, band,
-    GROUP: tl.constexpr, LANES: tl.constexpr,
+    OF_INK: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of every point of one sketch, group after group."""
     for first in range(-1, steps - 1, GROUP - 1):
         _gather_group(
             gradient, winners, points, pens, grad_points, first, count, steps, height, width, sharpness,
-            offset, reach, band, True, True, GROUP, LANES,
+            offset, reach, band, True, OF_INK, GROUP, LANES,
         )  # fmt: skip
 
 
@@ -501,7 +524,7 @@ def _wide_blur_kernel(image, blurred, extent, stride, total, radius, centre, fal
 @triton.jit
 def _gather_kernel(
     gradient, winners, points, pens, lengths, grad_points, steps, height, width, groups, sharpness, offset,
-    reach, band, HAS_LENGTHS: tl.constexpr, HAS_PENS: tl.constexpr, INTENSITY: tl.constexpr,
+    reach, band, HAS_LENGTHS: tl.constexpr, HAS_PENS: tl.constexpr, OF_INK: tl.constexpr,
     GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """grad_points [B, T, 2] from the planes `gradient` and `winners`; one program a group of points."""
@@ -512,7 +535,7 @@ def _gather_kernel(
     _gather_group(
         gradient + plane, winners + plane, points + sketch * steps * 2, pens + sketch * steps,
         grad_points + sketch * steps * 2, group * (GROUP - 1) - 1, count, steps, height, width, sharpness,
-        offset, reach, band, HAS_PENS, INTENSITY, GROUP, LANES,
+        offset, reach, band, HAS_PENS, OF_INK, GROUP, LANES,
     )  # fmt: skip
 
 
@@ -536,7 +559,7 @@ def _blur_gather_kernel(
         _gather_sketch(
             blurred, winners + plane, points + sketch * steps * 2, pens + sketch * steps,
             grad_points + sketch * steps * 2, count, steps, height, width, sharpness, offset, reach, band,
-            GROUP, LANES,
+            True, GROUP, LANES,
         )  # fmt: skip
         tl.debug_barrier()
 
@@ -576,7 +599,7 @@ def _bce_kernel(
 
     NEED_GRAD and FUSED (one tile a sketch): grad_points [B, T, 2]; gradient and winners are scratch of one
     plane a program.
-    NEED_GRAD: gradient [B, H, W] (of the blurred image, before the blur's transpose) and winners [B, H, W].
+    NEED_GRAD: gradient [B, H, W], of d2 or, with a blur, of the blurred image, and winners [B, H, W].
     """
     listed = lists + _wide(tl.program_id(0)) * (_FIELDS * CHUNK)
     share = 1.0 / (height * width)
@@ -598,6 +621,7 @@ def _bce_kernel(
             points + sketch * steps * 2, pens + sketch * steps, count, listed, x0, y0, height, width,
             sharpness, offset, reach, reach2, BLOCK_H, BLOCK_W, CHUNK,
         )  # fmt: skip
+        ink_slope = -sharpness * ink * rest  # d ink / d d2
         if RADIUS > 0:
             ink = _blur(ink, 0.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W)
             if BLUR_REST:
@@ -610,6 +634,9 @@ def _bce_kernel(
             slope = tl.where(owned, slope, 0.0)
             if FUSED:
                 slope = _blur(slope, 0.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W)
+            if FUSED or RADIUS == 0:
+                slope = slope * ink_slope
+            if FUSED:
                 plane = _wide(tl.program_id(0)) * height * width
             tl.store(gradient + plane + pixel, slope, mask=owned)
             tl.store(winners + plane + pixel, winner, mask=owned)
@@ -618,7 +645,7 @@ def _bce_kernel(
                 _gather_sketch(
                     gradient + plane, winners + plane, points + sketch * steps * 2, pens + sketch * steps,
                     grad_points + sketch * steps * 2, count, steps, height, width, sharpness, offset, reach,
-                    band, GROUP, LANES,
+                    band, False, GROUP, LANES,
                 )  # fmt: skip
                 tl.debug_barrier()
 
@@ -797,12 +824,13 @@ def raster_fwd(
     blur_taps: int,
     dtype: torch.dtype,
     save: bool,
-) -> tuple[Tensor, Tensor]:
-    """(image [B, H, W] of `dtype`, winners [B, H, W] or, without `save`, [0, H, W])."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(image [B, H, W] of `dtype`, winners [B, H, W] or, without `save`, [0, H, W], no ink [0, H, W])."""
     blur = _gaussian(blur_sigma, blur_taps)
-    return _draw_images(
+    image, winners = _draw_images(
         points, pen_down, lengths, height, width, sharpness, offset, blur, dtype, save, _IMAGE_CUTOFF
     )
+    return image, winners, points.new_empty((0, height, width), dtype=torch.float32)
 
 
 def _gather(
@@ -814,10 +842,10 @@ def _gather(
     sharpness: float,
     offset: float,
     reach: float,
-    intensity: bool,
+    of_ink: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """grad_points [B, T, 2] from the plane of the gradient of the ink (`intensity`) or of d2."""
+    """grad_points [B, T, 2] from the plane of the gradient of the ink (`of_ink`) or of d2."""
     batch, steps = points.shape[:2]
     height, width = winners.shape[1:]
     grad_points = torch.empty_like(points, dtype=dtype)
@@ -840,7 +868,7 @@ def _gather(
             _band(reach, height, width),
             HAS_LENGTHS=lengths is not None,
             HAS_PENS=pen_down is not None,
-            INTENSITY=intensity,
+            OF_INK=of_ink,
             GROUP=_GROUP,
             LANES=_LANES,
         )
@@ -853,12 +881,13 @@ def raster_bwd(
     pen_down: Tensor,
     lengths: Tensor | None,
     segment: Tensor,
+    ink: Tensor,
     sharpness: float,
     offset: float,
     blur_sigma: float,
     blur_taps: int,
 ) -> Tensor:
-    """The gradient to the points [B, T, 2], in their dtype."""
+    """The gradient to the points [B, T, 2], in their dtype; `ink` is formed again, not read."""
     if points.numel() == 0:
         return torch.empty_like(points)
     reach, _ = _reach(sharpness, offset, _IMAGE_CUTOFF)
@@ -1047,8 +1076,10 @@ def raster_bce(
         )
     loss = losses[:, 0] if tiles_a_sketch == 1 else losses.sum(1)
     if need_grad and not fused and steps:
-        grad_points = _points_gradient(
-            gradient, winners, points, pen_down, lengths, sharpness, offset, reach, blur, torch.float32
+        plane = _blur_plane(gradient, blur) if blur[0] else gradient
+        of_ink = blur[0] > 0
+        grad_points = _gather(
+            plane, winners, points, pen_down, lengths, sharpness, offset, reach, of_ink, torch.float32
         )
     return loss, grad_points
 
@@ -1070,14 +1101,14 @@ def _bce_of_images(
 ) -> tuple[Tensor, Tensor]:
     """raster_bce where the blur is too wide for a block: over whole images in memory."""
 
-    def draw(*strokes: Any, save: bool) -> tuple[Tensor, Tensor]:
-        return _draw_images(
-            *strokes, height, width, sharpness, offset, blur, torch.float32, save, _LOSS_CUTOFF
-        )
-
-    image, winners = draw(points, pen_down, lengths, save=need_grad)
+    scalars = (height, width, sharpness, offset, blur, torch.float32)
+    image, winners = _draw_images(points, pen_down, lengths, *scalars, need_grad, _LOSS_CUTOFF)
     if target is None:
-        target, _ = draw(target_points, target_pen_down, target_lengths, save=False)
+        assert target_points is not None  # one of the two is given
+        assert target_pen_down is not None
+        target, _ = _draw_images(
+            target_points, target_pen_down, target_lengths, *scalars, False, _LOSS_CUTOFF
+        )
     ink = image.clamp(1e-7, 1 - 1e-7)
     loss = -(target * ink.log() + (1 - target) * torch.log1p(-ink)).mean((1, 2))
     if not need_grad or points.numel() == 0:
