@@ -2,17 +2,18 @@
 
 Tiling. A canvas of at most 64 x 64 is one tile, padded to powers of two: blur, loss and the gradient to the
 points then stay in one program, one launch each way. A larger canvas is cut into blocks of 32 x 32 (64 x 64
-where the blur is wide) that overlap by the blur's radius on every side; a program computes its whole block
-and keeps the inner part. Programs are persistent: at most `_MAX_PROGRAMS`, each striding over the tiles.
+where the blur is wide) that overlap on every side by the blur's radius (twice that where its transpose is
+formed as well); a program computes its whole block and keeps the inner part. Programs are persistent: at most
+`_MAX_PROGRAMS`, each striding over the tiles.
 
 Forward. A program tests the sketch's segments against its block, `CHUNK` at a time, one a thread, and writes
 what the pixel loop needs of those within reach to its own small list in global memory (it stays in L1). All
 threads then walk that list, every pixel keeping the least squared distance and its segment. An empty list
 costs no pixel work. The blur moves whole blocks in registers (`tl.gather`), two axes in turn.
 
-Backward. G, the blurred gradient of the image, is a plane. Then each segment sums over the pixels of its own
-band (its major axis extended by the reach, times the reach to either side) where the saved plane names it the
-winner. No atomics; every sum has one fixed order.
+Backward. The gradient of the image, blurred, is a plane (for raster_bce that of d2, from the pass that drew).
+Each segment sums over the pixels of its own band (its major axis extended by the reach, times the reach to
+either side) where the saved plane names it the winner. No atomics; every sum has one fixed order.
 
 Coordinates. A segment is held by the point of it nearest to the block's centre (found in float64, kept as
 integer + fraction), its direction, and the range [low, high] along it. Far ends only enter that range, so
@@ -599,13 +600,13 @@ def _bce_kernel(
 
     NEED_GRAD and FUSED (one tile a sketch): grad_points [B, T, 2]; gradient and winners are scratch of one
     plane a program.
-    NEED_GRAD: gradient [B, H, W], of d2 or, with a blur, of the blurred image, and winners [B, H, W].
+    NEED_GRAD: gradient [B, H, W], of d2, and winners [B, H, W].
     """
     listed = lists + _wide(tl.program_id(0)) * (_FIELDS * CHUNK)
     share = 1.0 / (height * width)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         sketch, y0, x0 = _place(tile, tiles_y, tiles_x, HALO, BLOCK_H, BLOCK_W)
-        pixel, _, owned = _pixels(x0, y0, height, width, HALO, BLOCK_H, BLOCK_W)
+        pixel, canvas, owned = _pixels(x0, y0, height, width, HALO, BLOCK_H, BLOCK_W)
         plane = sketch * height * width
         if TARGET_STROKES:
             target_count = _segment_count(target_lengths, sketch, target_steps, HAS_TARGET_LENGTHS)
@@ -615,7 +616,7 @@ def _bce_kernel(
             )  # fmt: skip
             wanted = _blur(wanted, 0.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W)
         else:
-            wanted = tl.load(target + plane + pixel, mask=owned, other=0.0)
+            wanted = tl.load(target + plane + pixel, mask=canvas, other=0.0)
         count = _segment_count(lengths, sketch, steps, HAS_LENGTHS)
         ink, rest, winner = _draw(
             points + sketch * steps * 2, pens + sketch * steps, count, listed, x0, y0, height, width,
@@ -631,11 +632,9 @@ def _bce_kernel(
         loss, slope = _cross_entropy(ink, rest, wanted, share)
         tl.store(losses + _wide(tile), tl.sum(tl.sum(tl.where(owned, loss, 0.0), 1), 0))
         if NEED_GRAD:
-            slope = tl.where(owned, slope, 0.0)
-            if FUSED:
-                slope = _blur(slope, 0.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W)
-            if FUSED or RADIUS == 0:
-                slope = slope * ink_slope
+            # The halo is twice the blur's radius: the blur's transpose is right on the owned pixels.
+            slope = tl.where(canvas, slope, 0.0)
+            slope = _blur(slope, 0.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W) * ink_slope
             if FUSED:
                 plane = _wide(tl.program_id(0)) * height * width
             tl.store(gradient + plane + pixel, slope, mask=owned)
@@ -673,14 +672,13 @@ def _gaussian(blur_sigma: float, blur_taps: int) -> tuple[int, float, float]:
     return radius, 1.0 / math.fsum(math.exp(-falloff * k * k) for k in range(-radius, radius + 1)), falloff
 
 
-def _tiling(height: int, width: int, radius: int) -> dict[str, Any] | None:
-    """BLOCK_H, BLOCK_W, HALO, and tiles each way; None where the blur is too wide for a block's halo."""
+def _tiling(height: int, width: int, halo: int) -> dict[str, Any] | None:
+    """BLOCK_H, BLOCK_W, HALO, and tiles each way; None where no block has room for the halo."""
     if max(height, width) <= _SINGLE_TILE:
         block_h, block_w = (max(16, triton.next_power_of_2(side)) for side in (height, width))
         halo = 0
-    elif radius <= 16:
-        block_h = block_w = 32 if radius <= 4 else 64
-        halo = radius
+    elif halo <= 16:
+        block_h = block_w = 32 if halo <= 4 else 64
     else:
         return None
     return {
@@ -1011,7 +1009,7 @@ def raster_bce(
     """(loss [B], its gradient to the points [B, T, 2] or, without `need_grad`, [0, T, 2]), float32."""
     batch, steps = points.shape[:2]
     blur = _gaussian(blur_sigma, blur_taps)
-    tiling = _tiling(height, width, blur[0])
+    tiling = _tiling(height, width, blur[0] * (2 if need_grad else 1))
     if tiling is None and batch:
         return _bce_of_images(
             points, pen_down, lengths, target, target_points, target_pen_down, target_lengths, height, width,
@@ -1076,10 +1074,8 @@ def raster_bce(
         )
     loss = losses[:, 0] if tiles_a_sketch == 1 else losses.sum(1)
     if need_grad and not fused and steps:
-        plane = _blur_plane(gradient, blur) if blur[0] else gradient
-        of_ink = blur[0] > 0
         grad_points = _gather(
-            plane, winners, points, pen_down, lengths, sharpness, offset, reach, of_ink, torch.float32
+            gradient, winners, points, pen_down, lengths, sharpness, offset, reach, False, torch.float32
         )
     return loss, grad_points
 
