@@ -34,7 +34,7 @@ _MAX_PROGRAMS = 2112  # 16 for each of the 132 multiprocessors of an H100 or H20
 _SINGLE_TILE = 64  # the largest side of a canvas that one program holds
 _CHUNK = 128  # segments tested at once: one for each thread of four warps
 _GROUP = 16  # segments a gather step handles, the first of them for its end point only
-_LANES = 32  # pixels of each of those segments looked at together
+_LANES = 16  # pixels of each of those segments looked at together
 _FUSED_STEPS = 512  # up to so many points one program also gathers the gradient of a one-tile sketch
 # An image may lose all ink under 2^-24, but the slopes of a long segment's many dim pixels add up.
 _IMAGE_CUTOFF = 2e-10
@@ -110,7 +110,11 @@ def _anchor(ax, ay, bx, by, centre_x, centre_y):
     shrink = (0x7FE0000000000000 - exponent).to(tl.float64, bitcast=True)  # 1 / power
     step_x = along_x * shrink
     step_y = along_y * shrink
-    inverse = tl.where(dot, 0.0, 1.0 / tl.where(dot, 1.0, step_x * step_x + step_y * step_y))
+    square = tl.where(dot, 1.0, step_x * step_x + step_y * step_y)  # in [1, 8)
+    inverse = (1.0 / square.to(tl.float32)).to(tl.float64)
+    for _ in tl.static_range(2):  # Newton: float64's division is a slow call
+        inverse = inverse * (2.0 - square * inverse)
+    inverse = tl.where(dot, 0.0, inverse)
     end = tl.where(dot, 0.0, power)
     dual_x = step_x * inverse
     dual_y = step_y * inverse
@@ -184,22 +188,18 @@ def _list_segments(
 
 @triton.jit
 def _nearest(
-    points, pens, count, listed, x0, y0, height, width, reach, CULL: tl.constexpr,
+    points, pens, count, listed, x0, y0, reach, CULL: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """(d2, segment) of the block whose first pixel is (x0, y0): the least squared distance and whose it is.
 
     +inf and -1 where no segment was looked at. With CULL, segments further than `reach` from every pixel of
-    the block that lies on the canvas are passed over. `listed` is this program's list.
+    the block are passed over. `listed` is this program's list.
     """
     x = (x0 + tl.arange(0, BLOCK_W)).to(tl.float32)[None, :]
     y = (y0 + tl.arange(0, BLOCK_H)).to(tl.float32)[:, None]
     centre_x = (x0 + BLOCK_W // 2).to(tl.float32)
     centre_y = (y0 + BLOCK_H // 2).to(tl.float32)
-    left = tl.maximum(x0, 0).to(tl.float32) - reach
-    right = tl.minimum(x0 + BLOCK_W, width).to(tl.float32) - 1.0 + reach
-    top = tl.maximum(y0, 0).to(tl.float32) - reach
-    bottom = tl.minimum(y0 + BLOCK_H, height).to(tl.float32) - 1.0 + reach
     half_x = BLOCK_W // 2 + reach
     half_y = BLOCK_H // 2 + reach
     range2 = 1.01 * (half_x * half_x + half_y * half_y)
@@ -210,8 +210,10 @@ def _nearest(
         index = first + tl.arange(0, CHUNK)
         ax, ay, bx, by, near = _load_segments(points, pens, index, count, True)
         if CULL:
-            near = near & (tl.maximum(ax, bx) >= left) & (tl.minimum(ax, bx) <= right)
-            near = near & (tl.maximum(ay, by) >= top) & (tl.minimum(ay, by) <= bottom)
+            near = near & (tl.maximum(ax, bx) >= centre_x - half_x)
+            near = near & (tl.minimum(ax, bx) <= centre_x + half_x)
+            near = near & (tl.maximum(ay, by) >= centre_y - half_y)
+            near = near & (tl.minimum(ay, by) <= centre_y + half_y)
         if tl.sum(near.to(tl.int32), 0) > 0:
             found = _list_segments(
                 near, listed, index, ax, ay, bx, by, centre_x, centre_y, range2, CULL, CHUNK
@@ -255,9 +257,7 @@ def _draw(
 
     0, 1 and -1 where the nearest segment is out of reach, and off the canvas: there the blur pads.
     """
-    d2, winner = _nearest(
-        points, pens, count, listed, x0, y0, height, width, reach, True, BLOCK_H, BLOCK_W, CHUNK
-    )
+    d2, winner = _nearest(points, pens, count, listed, x0, y0, reach, True, BLOCK_H, BLOCK_W, CHUNK)
     row = (y0 + tl.arange(0, BLOCK_H))[:, None]
     column = (x0 + tl.arange(0, BLOCK_W))[None, :]
     canvas = (row >= 0) & (row < height) & (column >= 0) & (column < width)
@@ -308,8 +308,7 @@ def _blur(
 @triton.jit
 def _place(tile, tiles_y, tiles_x, halo, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
     """(sketch as int64, first row, first column) of the block of tile number `tile`."""
-    tile = _wide(tile)
-    sketch = tile // (tiles_y * tiles_x)
+    sketch = _wide(tile // (tiles_y * tiles_x))  # divided as int32 where that holds the tiles
     within = (tile - sketch * (tiles_y * tiles_x)).to(tl.int32)
     tile_y = within // tiles_x
     tile_x = within - tile_y * tiles_x
@@ -484,8 +483,8 @@ def _distance_kernel(
         sketch, y0, x0 = _place(tile, tiles_y, tiles_x, 0, BLOCK_H, BLOCK_W)
         count = _segment_count(lengths, sketch, steps, HAS_LENGTHS)
         d2, winner = _nearest(
-            points + sketch * steps * 2, pens + sketch * steps, count, listed, x0, y0, height, width, 0.0,
-            False, BLOCK_H, BLOCK_W, CHUNK,
+            points + sketch * steps * 2, pens + sketch * steps, count, listed, x0, y0, 0.0, False,
+            BLOCK_H, BLOCK_W, CHUNK,
         )  # fmt: skip
         pixel, _, owned = _pixels(x0, y0, height, width, 0, BLOCK_H, BLOCK_W)
         plane = sketch * height * width
@@ -529,7 +528,7 @@ def _gather_kernel(
     GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """grad_points [B, T, 2] from the planes `gradient` and `winners`; one program a group of points."""
-    sketch = _wide(tl.program_id(0)) // groups
+    sketch = _wide(tl.program_id(0) // groups)
     group = (tl.program_id(0) - sketch * groups).to(tl.int32)
     count = _segment_count(lengths, sketch, steps, HAS_LENGTHS)
     plane = sketch * height * width
@@ -690,10 +689,11 @@ def _tiling(height: int, width: int, halo: int) -> dict[str, Any] | None:
     }
 
 
-def _warps(tiling: dict[str, Any]) -> int:
-    """About eight pixels a thread."""
+def _options(tiling: dict[str, Any]) -> dict[str, Any]:
+    """Launch options: eight pixels a thread; four where one program has a whole sketch to get through."""
     pixels = tiling["BLOCK_H"] * tiling["BLOCK_W"]
-    return 2 if pixels <= 512 else 4 if pixels <= 1024 else 8
+    single = tiling["tiles_y"] * tiling["tiles_x"] == 1
+    return {"num_warps": min(16, max(2, pixels // (128 if single else 256))), "enable_fp_fusion": True}
 
 
 def _chunk(steps: int) -> int:
@@ -724,8 +724,12 @@ def _wide_blur(image: Tensor, blur: tuple[int, float, float], dtype: torch.dtype
     blurred = torch.empty_like(image, dtype=dtype)
     grid = (triton.cdiv(image.numel(), 1024),)
     with torch.cuda.device_of(image):
-        _wide_blur_kernel[grid](image, across, width, 1, image.numel(), *blur, BLOCK=1024)
-        _wide_blur_kernel[grid](across, blurred, height, width, image.numel(), *blur, BLOCK=1024)
+        _wide_blur_kernel[grid](
+            image, across, width, 1, image.numel(), *blur, BLOCK=1024, enable_fp_fusion=True
+        )
+        _wide_blur_kernel[grid](
+            across, blurred, height, width, image.numel(), *blur, BLOCK=1024, enable_fp_fusion=True
+        )
     return blurred
 
 
@@ -747,7 +751,7 @@ def _blur_plane(image: Tensor, blur: tuple[int, float, float]) -> Tensor:
             centre=blur[1],
             falloff=blur[2],
             RADIUS=blur[0],
-            num_warps=_warps(tiling),
+            **_options(tiling),
             **tiling,
         )
     return blurred
@@ -804,7 +808,7 @@ def _draw_images(
             SAVE=save,
             RADIUS=blur[0],
             CHUNK=chunk,
-            num_warps=_warps(tiling),
+            **_options(tiling),
             **tiling,
         )
     return image, winners
@@ -869,6 +873,7 @@ def _gather(
             OF_INK=of_ink,
             GROUP=_GROUP,
             LANES=_LANES,
+            enable_fp_fusion=True,
         )
     return grad_points
 
@@ -942,7 +947,7 @@ def _points_gradient(
             BLOCK_W=tiling["BLOCK_W"],
             GROUP=_GROUP,
             LANES=_LANES,
-            num_warps=_warps(tiling),
+            **_options(tiling),
         )
     return grad_points
 
@@ -978,7 +983,7 @@ def stroke_distance_fwd(
             BLOCK_H=tiling["BLOCK_H"],
             BLOCK_W=tiling["BLOCK_W"],
             CHUNK=chunk,
-            num_warps=_warps(tiling),
+            **_options(tiling),
         )
     return distance2, winners
 
@@ -1069,7 +1074,7 @@ def raster_bce(
             CHUNK=chunk,
             GROUP=_GROUP,
             LANES=_LANES,
-            num_warps=_warps(tiling),
+            **_options(tiling),
             **tiling,
         )
     loss = losses[:, 0] if tiles_a_sketch == 1 else losses.sum(1)
