@@ -133,8 +133,8 @@ def raster_variants(dtype: torch.dtype, batch: int, steps: int, side: int) -> It
     calls = {
         "fwd plain": lambda: raster.raster_fwd(*strokes, side, side, *plain, dtype, True),
         "fwd blur": lambda: raster.raster_fwd(*strokes, side, side, *blurred, dtype, True),
-        "bwd plain": lambda: raster.raster_bwd(image, *strokes, saved, target[:0], *plain),
-        "bwd blur": lambda: raster.raster_bwd(image, *strokes, saved, target[:0], *blurred),
+        "bwd plain": lambda: raster.raster_bwd(image, *strokes, saved, *plain),
+        "bwd blur": lambda: raster.raster_bwd(image, *strokes, saved, *blurred),
         "plain image": lambda: raster.raster_bce(*strokes, target, *none, side, side, *plain, True),
         "blur image": lambda: raster.raster_bce(*strokes, target, *none, side, side, *blurred, True),
         "blur strokes": lambda: raster.raster_bce(

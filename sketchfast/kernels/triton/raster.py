@@ -15,9 +15,10 @@ Backward. The gradient of the image, blurred, is a plane (for raster_bce that of
 Each segment sums over the pixels of its own band (its major axis extended by the reach, times the reach to
 either side) where the saved plane names it the winner. No atomics; every sum has one fixed order.
 
-Coordinates. A segment is held by the point of it nearest to the block's centre (found in float64, kept as
-integer + fraction), its direction, and the range [low, high] along it. Far ends only enter that range, so
-that float32 serves the pixels however far off the ends lie, and nothing finite becomes NaN.
+Coordinates. A segment is held by its start or, where that is far off, by the point of it nearest to the
+block's centre (found in float64, kept as integer + fraction), its direction, and the range [low, high] along
+it. Far ends only enter that range, so that float32 serves the pixels however far off the ends lie, and
+nothing finite becomes NaN.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ _IMAGE_CUTOFF = 2e-10
 _REST_OFFSET = 3.0  # above, ink is so near 1 that 1 - blur(ink) cancels: 1 - ink is blurred as well
 _LOSS_CUTOFF = 1e-13  # what the loss may lose: 1e-6 of the least probability, 1e-7
 _FAR = tl.constexpr(1e30)
+_NEAR_END = tl.constexpr(1024.0)  # pixels; a start within it of the block's centre serves as the anchor
 _FIELDS = tl.constexpr(11)  # of a listed segment: the ten of `_anchor` and its index
 
 
@@ -93,11 +95,13 @@ def _bounded(x):
 
 @triton.jit
 def _anchor(ax, ay, bx, by, centre_x, centre_y):
-    """Segments seen from a centre: (origin xy, anchor xy, step xy, dual xy, low, high), all float32.
+    """Segments seen from a centre: (origin xy, anchor xy, step xy, dual xy, low, high, range2), all float32.
 
-    origin + anchor is the point of the segment nearest to the centre, origin a whole pixel. The segment is
-    anchor + s * step for s in [low, high], low <= 0 <= high; step is b - a over a power of two, so that it is
-    exact wherever b - a is, and dual = step / |step|^2. A segment of length zero has step 0.
+    origin + anchor is the start of the segment or, where that is far off, the point of the segment nearest to
+    the centre; origin is a whole pixel. The segment is anchor + s * step for s in [low, high],
+    low <= 0 <= high; step is b - a over a power of two, so that it is exact wherever b - a is, and
+    dual = step / |step|^2. A segment of length zero has step 0. range2 is the squared distance of the centre
+    to the segment.
     """
     start_x = ax.to(tl.float64)
     start_y = ay.to(tl.float64)
@@ -120,6 +124,11 @@ def _anchor(ax, ay, bx, by, centre_x, centre_y):
     dual_y = step_y * inverse
     before = (centre_x - start_x) * dual_x + (centre_y - start_y) * dual_y
     before = tl.minimum(tl.maximum(before, 0.0), end)
+    off_x = start_x - centre_x
+    off_y = start_y - centre_y
+    range_x = off_x + before * step_x
+    range_y = off_y + before * step_y
+    before = tl.where(tl.maximum(tl.abs(off_x), tl.abs(off_y)) < _NEAR_END, 0.0, before)
     near_x = start_x + before * step_x
     near_y = start_y + before * step_y
     origin_x = tl.floor(near_x + 0.5)
@@ -135,6 +144,7 @@ def _anchor(ax, ay, bx, by, centre_x, centre_y):
         dual_y.to(tl.float32),
         _bounded(-before),
         _bounded(end - before),
+        _bounded(range_x * range_x + range_y * range_y),
     )
 
 
@@ -166,11 +176,9 @@ def _list_segments(
     near, listed, index, ax, ay, bx, by, centre_x, centre_y, range2, CULL: tl.constexpr, CHUNK: tl.constexpr
 ):
     """Writes the segments `near` whose distance from the centre is in range, in order; returns how many."""
-    ox, oy, px, py, ux, uy, vx, vy, low, high = _anchor(ax, ay, bx, by, centre_x, centre_y)
+    ox, oy, px, py, ux, uy, vx, vy, low, high, off2 = _anchor(ax, ay, bx, by, centre_x, centre_y)
     if CULL:
-        from_x = (ox - centre_x) + px
-        from_y = (oy - centre_y) + py
-        near = near & (from_x * from_x + from_y * from_y <= range2)
+        near = near & (off2 <= range2)
     slot = listed + tl.cumsum(near.to(tl.int32), 0) - 1
     tl.store(slot, ox, mask=near)
     tl.store(slot + CHUNK, oy, mask=near)
@@ -343,17 +351,18 @@ def _segment_band(size, anchor, unit, low, high, reach):
 @triton.jit
 def _gather_group(
     gradient, winners, points, pens, grad_points, first, count, steps, height, width, sharpness, offset,
-    reach, band, HAS_PENS: tl.constexpr, OF_INK: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
+    reach, band, EVERYWHERE: tl.constexpr, OF_INK: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Writes grad_points[first + 1 : first + GROUP] from the segments first : first + GROUP.
 
     `gradient` and `winners` are planes of one sketch. Each segment visits the pixels of its band: `band`
     pixels across for every pixel along its major axis. OF_INK: the plane is the gradient of the ink, else
-    of d2.
+    of d2. EVERYWHERE: the planes are those of stroke_distance: winners alone say which segments exist, and a
+    segment may have won any pixel of the canvas, so many that they are summed in float64.
     """
     index = first + tl.arange(0, GROUP)
-    ax, ay, bx, by, exists = _load_segments(points, pens, index, count, HAS_PENS)
-    ox, oy, px, py, ux, uy, vx, vy, low, high = _anchor(ax, ay, bx, by, width // 2, height // 2)
+    ax, ay, bx, by, exists = _load_segments(points, pens, index, count, not EVERYWHERE)
+    ox, oy, px, py, ux, uy, vx, vy, low, high, _ = _anchor(ax, ay, bx, by, width // 2, height // 2)
     upright = tl.abs(uy) > tl.abs(ux)  # the major axis is y
     major_size = tl.where(upright, height, width)
     minor_size = tl.where(upright, width, height)
@@ -361,26 +370,29 @@ def _gather_group(
     minor_anchor = tl.where(upright, ox + px, oy + py)
     major_unit = tl.where(upright, uy, ux)
     slope = tl.where(upright, ux, uy) / tl.where(major_unit == 0.0, 1.0, major_unit)
+    across = tl.minimum(band, minor_size)
     begin, end = _segment_band(major_size, major_anchor, major_unit, low, high, reach)
-    visits = tl.where(exists, tl.maximum(end - begin + 1, 0) * band, 0)
+    visits = tl.where(exists, tl.maximum(end - begin + 1, 0) * across, 0)
 
-    start_x = tl.zeros((GROUP, LANES), tl.float32)
-    start_y = tl.zeros((GROUP, LANES), tl.float32)
-    end_x = tl.zeros((GROUP, LANES), tl.float32)
-    end_y = tl.zeros((GROUP, LANES), tl.float32)
+    SUM: tl.constexpr = tl.float64 if EVERYWHERE else tl.float32
+    start_x = tl.zeros((GROUP, LANES), SUM)
+    start_y = tl.zeros((GROUP, LANES), SUM)
+    end_x = tl.zeros((GROUP, LANES), SUM)
+    end_y = tl.zeros((GROUP, LANES), SUM)
     length = high - low
     inverse = tl.where(length > 1e-30, 1.0 / tl.where(length > 1e-30, length, 1.0), 0.0)
     for lane in range(0, tl.max(visits, 0), LANES):
         visit = lane + tl.arange(0, LANES)[None, :]
-        along = visit // band
+        along = visit // across[:, None]
         major = begin[:, None] + along
         middle = minor_anchor[:, None] + (major.to(tl.float32) - major_anchor[:, None]) * slope[:, None]
         middle = tl.minimum(tl.maximum(middle, 0.0), minor_size[:, None] - 1.0)
-        minor = tl.floor(middle + 0.5).to(tl.int32) - band // 2
-        minor = tl.maximum(tl.minimum(minor, minor_size[:, None] - band), 0) + (visit - along * band)
+        minor = tl.floor(middle + 0.5).to(tl.int32) - across[:, None] // 2
+        minor = tl.maximum(tl.minimum(minor, (minor_size - across)[:, None]), 0)
+        minor += visit - along * across[:, None]
         x = tl.where(upright[:, None], minor, major)
         y = tl.where(upright[:, None], major, minor)
-        valid = (visit < visits[:, None]) & (minor < minor_size[:, None])
+        valid = visit < visits[:, None]
         pixel = y * width + x
         won = tl.load(winners + pixel, mask=valid, other=-1).to(tl.int32) == index[:, None]
         won = won & valid
@@ -418,18 +430,19 @@ def _gather_group(
         fraction = (position - low[:, None]) * inverse[:, None]
         pull_x = tl.where(won, weight * gap_x, 0.0)
         pull_y = tl.where(won, weight * gap_y, 0.0)
-        end_x += pull_x * fraction
-        end_y += pull_y * fraction
-        start_x += pull_x * (1.0 - fraction)
-        start_y += pull_y * (1.0 - fraction)
+        end_x += (pull_x * fraction).to(SUM)
+        end_y += (pull_y * fraction).to(SUM)
+        start_x += (pull_x * (1.0 - fraction)).to(SUM)
+        start_y += (pull_y * (1.0 - fraction)).to(SUM)
 
     # Point t starts segment t and ends segment t - 1: the slot before.
     before = tl.maximum(tl.arange(0, GROUP) - 1, 0)
     grad_x = tl.sum(start_x, 1) + tl.gather(tl.sum(end_x, 1), before, 0)
     grad_y = tl.sum(start_y, 1) + tl.gather(tl.sum(end_y, 1), before, 0)
     owned = (tl.arange(0, GROUP) > 0) & (index < steps)
-    tl.store(grad_points + index * 2, grad_x, mask=owned)
-    tl.store(grad_points + index * 2 + 1, grad_y, mask=owned)
+    # By way of float32: Triton's cast from float64 to bfloat16 gives NaN.
+    tl.store(grad_points + index * 2, grad_x.to(tl.float32), mask=owned)
+    tl.store(grad_points + index * 2 + 1, grad_y.to(tl.float32), mask=owned)
 
 
 @triton.jit
@@ -441,7 +454,7 @@ def _gather_sketch(
     for first in range(-1, steps - 1, GROUP - 1):
         _gather_group(
             gradient, winners, points, pens, grad_points, first, count, steps, height, width, sharpness,
-            offset, reach, band, True, OF_INK, GROUP, LANES,
+            offset, reach, band, False, OF_INK, GROUP, LANES,
         )  # fmt: skip
 
 
@@ -524,7 +537,7 @@ def _wide_blur_kernel(image, blurred, extent, stride, total, radius, centre, fal
 @triton.jit
 def _gather_kernel(
     gradient, winners, points, pens, lengths, grad_points, steps, height, width, groups, sharpness, offset,
-    reach, band, HAS_LENGTHS: tl.constexpr, HAS_PENS: tl.constexpr, OF_INK: tl.constexpr,
+    reach, band, HAS_LENGTHS: tl.constexpr, EVERYWHERE: tl.constexpr, OF_INK: tl.constexpr,
     GROUP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """grad_points [B, T, 2] from the planes `gradient` and `winners`; one program a group of points."""
@@ -535,7 +548,7 @@ def _gather_kernel(
     _gather_group(
         gradient + plane, winners + plane, points + sketch * steps * 2, pens + sketch * steps,
         grad_points + sketch * steps * 2, group * (GROUP - 1) - 1, count, steps, height, width, sharpness,
-        offset, reach, band, HAS_PENS, OF_INK, GROUP, LANES,
+        offset, reach, band, EVERYWHERE, OF_INK, GROUP, LANES,
     )  # fmt: skip
 
 
@@ -826,13 +839,12 @@ def raster_fwd(
     blur_taps: int,
     dtype: torch.dtype,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(image [B, H, W] of `dtype`, winners [B, H, W] or, without `save`, [0, H, W], no ink [0, H, W])."""
+) -> tuple[Tensor, Tensor]:
+    """(image [B, H, W] of `dtype`, winners [B, H, W] or, without `save`, [0, H, W])."""
     blur = _gaussian(blur_sigma, blur_taps)
-    image, winners = _draw_images(
+    return _draw_images(
         points, pen_down, lengths, height, width, sharpness, offset, blur, dtype, save, _IMAGE_CUTOFF
     )
-    return image, winners, points.new_empty((0, height, width), dtype=torch.float32)
 
 
 def _gather(
@@ -869,7 +881,7 @@ def _gather(
             reach,
             _band(reach, height, width),
             HAS_LENGTHS=lengths is not None,
-            HAS_PENS=pen_down is not None,
+            EVERYWHERE=pen_down is None,
             OF_INK=of_ink,
             GROUP=_GROUP,
             LANES=_LANES,
@@ -884,13 +896,12 @@ def raster_bwd(
     pen_down: Tensor,
     lengths: Tensor | None,
     segment: Tensor,
-    ink: Tensor,
     sharpness: float,
     offset: float,
     blur_sigma: float,
     blur_taps: int,
 ) -> Tensor:
-    """The gradient to the points [B, T, 2], in their dtype; `ink` is formed again, not read."""
+    """The gradient to the points [B, T, 2], in their dtype."""
     if points.numel() == 0:
         return torch.empty_like(points)
     reach, _ = _reach(sharpness, offset, _IMAGE_CUTOFF)
