@@ -143,6 +143,16 @@ def raster_variants(dtype: torch.dtype, batch: int, steps: int, side: int) -> It
         "fwd": lambda: raster.stroke_distance_fwd(*strokes, side, side),
         "bwd distance": lambda: raster.stroke_distance_bwd(target, points, nearest),
     }
+    if side == 84 and dtype == torch.float32:  # blocks of 64 x 64, and blurs that go through memory
+        wide, widest = (5.0, 2.0, 3.0, 11), (5.0, 2.0, 9.0, 41)
+        calls |= {
+            "fwd wide": lambda: raster.raster_fwd(*strokes, side, side, *wide, dtype, True),
+            "bwd wide": lambda: raster.raster_bwd(image, *strokes, saved, *wide),
+            "wide image": lambda: raster.raster_bce(*strokes, target, *none, side, side, *wide, True),
+            "fwd widest": lambda: raster.raster_fwd(*strokes, side, side, *widest, dtype, True),
+            "bwd widest": lambda: raster.raster_bwd(image, *strokes, saved, *widest),
+        }
+
     kernels = {name: kernel for name, kernel in vars(raster).items() if name.endswith("_kernel")}
     for label, call in calls.items():
         variants: list[Variant] = []
