@@ -8,8 +8,9 @@ formed as well); a program computes its whole block and keeps the inner part. Pr
 
 Forward. A program tests the sketch's segments against its block, `CHUNK` at a time, one a thread, and writes
 what the pixel loop needs of those within reach to its own small list in global memory (it stays in L1). All
-threads then walk that list, every pixel keeping the least squared distance and its segment. An empty list
-costs no pixel work. The blur moves whole blocks in registers (`tl.gather`), two axes in turn.
+threads then walk that list, every pixel keeping the least squared distance and its segment. A block that
+no segment reaches costs neither that walk nor a blur. The blur moves whole blocks within the program
+(`tl.gather`), two axes in turn.
 
 Backward. The gradient of the image, blurred, is a plane (for raster_bce that of d2, from the pass that drew).
 Each segment sums over the pixels of its own band (its major axis extended by the reach, times the reach to
@@ -199,7 +200,8 @@ def _nearest(
     points, pens, count, listed, x0, y0, reach, CULL: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """(d2, segment) of the block whose first pixel is (x0, y0): the least squared distance and whose it is.
+    """(d2, segment, seen) of the block whose first pixel is (x0, y0): the least squared distance, whose it
+    is, and how many segments were looked at.
 
     +inf and -1 where no segment was looked at. With CULL, segments further than `reach` from every pixel of
     the block are passed over. `listed` is this program's list.
@@ -212,6 +214,7 @@ def _nearest(
     half_y = BLOCK_H // 2 + reach
     range2 = 1.01 * (half_x * half_x + half_y * half_y)
 
+    seen = tl.full((), 0, tl.int32)
     best = tl.full((BLOCK_H, BLOCK_W), float("inf"), tl.float32)
     winner = tl.full((BLOCK_H, BLOCK_W), -1, tl.int32)
     for first in range(0, count, CHUNK):
@@ -226,6 +229,7 @@ def _nearest(
             found = _list_segments(
                 near, listed, index, ax, ay, bx, by, centre_x, centre_y, range2, CULL, CHUNK
             )
+            seen += found
             tl.debug_barrier()  # the list is read by other threads than wrote it
             for k in range(found):
                 entry = listed + k
@@ -248,7 +252,7 @@ def _nearest(
                 best = tl.where(closer, d2, best)
                 winner = tl.where(closer, tl.load(entry + 10 * CHUNK).to(tl.int32, bitcast=True), winner)
             tl.debug_barrier()  # and is overwritten next
-    return best, winner
+    return best, winner, seen
 
 
 @triton.jit
@@ -261,11 +265,12 @@ def _draw(
     points, pens, count, listed, x0, y0, height, width, sharpness, offset, reach, reach2,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """(ink, rest, segment) of a block before the blur; rest = 1 - ink, formed without cancellation.
+    """(ink, rest, segment, seen) of a block before the blur; rest = 1 - ink, formed without cancellation.
 
-    0, 1 and -1 where the nearest segment is out of reach, and off the canvas: there the blur pads.
+    Where `seen` is 0 the block is blank and stays so under the blur. 0, 1 and -1 where the nearest segment is
+    out of reach, and off the canvas: there the blur pads.
     """
-    d2, winner = _nearest(points, pens, count, listed, x0, y0, reach, True, BLOCK_H, BLOCK_W, CHUNK)
+    d2, winner, seen = _nearest(points, pens, count, listed, x0, y0, reach, True, BLOCK_H, BLOCK_W, CHUNK)
     row = (y0 + tl.arange(0, BLOCK_H))[:, None]
     column = (x0 + tl.arange(0, BLOCK_W))[None, :]
     canvas = (row >= 0) & (row < height) & (column >= 0) & (column < width)
@@ -273,7 +278,7 @@ def _draw(
     logit = offset - sharpness * d2
     ink = tl.where(drawn, _sigmoid(logit), 0.0)
     rest = tl.where(drawn, _sigmoid(-logit), 1.0)
-    return ink, rest, tl.where(drawn, winner, -1)
+    return ink, rest, tl.where(drawn, winner, -1), seen
 
 
 @triton.jit
@@ -473,11 +478,12 @@ def _draw_kernel(
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         sketch, y0, x0 = _place(tile, tiles_y, tiles_x, HALO, BLOCK_H, BLOCK_W)
         count = _segment_count(lengths, sketch, steps, HAS_LENGTHS)
-        ink, _, winner = _draw(
+        ink, _, winner, seen = _draw(
             points + sketch * steps * 2, pens + sketch * steps, count, listed, x0, y0, height, width,
             sharpness, offset, reach, reach2, BLOCK_H, BLOCK_W, CHUNK,
         )  # fmt: skip
-        ink = _blur(ink, 0.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W)
+        if seen > 0:
+            ink = _blur(ink, 0.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W)
         pixel, _, owned = _pixels(x0, y0, height, width, HALO, BLOCK_H, BLOCK_W)
         plane = sketch * height * width
         tl.store(image + plane + pixel, ink, mask=owned)
@@ -495,7 +501,7 @@ def _distance_kernel(
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         sketch, y0, x0 = _place(tile, tiles_y, tiles_x, 0, BLOCK_H, BLOCK_W)
         count = _segment_count(lengths, sketch, steps, HAS_LENGTHS)
-        d2, winner = _nearest(
+        d2, winner, _ = _nearest(
             points + sketch * steps * 2, pens + sketch * steps, count, listed, x0, y0, 0.0, False,
             BLOCK_H, BLOCK_W, CHUNK,
         )  # fmt: skip
@@ -622,20 +628,21 @@ def _bce_kernel(
         plane = sketch * height * width
         if TARGET_STROKES:
             target_count = _segment_count(target_lengths, sketch, target_steps, HAS_TARGET_LENGTHS)
-            wanted, _, _ = _draw(
+            wanted, _, _, wanted_seen = _draw(
                 target_points + sketch * target_steps * 2, target_pens + sketch * target_steps, target_count,
                 listed, x0, y0, height, width, sharpness, offset, reach, reach2, BLOCK_H, BLOCK_W, CHUNK,
             )  # fmt: skip
-            wanted = _blur(wanted, 0.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W)
+            if wanted_seen > 0:
+                wanted = _blur(wanted, 0.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W)
         else:
             wanted = tl.load(target + plane + pixel, mask=canvas, other=0.0)
         count = _segment_count(lengths, sketch, steps, HAS_LENGTHS)
-        ink, rest, winner = _draw(
+        ink, rest, winner, seen = _draw(
             points + sketch * steps * 2, pens + sketch * steps, count, listed, x0, y0, height, width,
             sharpness, offset, reach, reach2, BLOCK_H, BLOCK_W, CHUNK,
         )  # fmt: skip
         ink_slope = -sharpness * ink * rest  # d ink / d d2
-        if RADIUS > 0:
+        if RADIUS > 0 and seen > 0:
             ink = _blur(ink, 0.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W)
             if BLUR_REST:
                 rest = _blur(rest, 1.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W)
@@ -646,7 +653,9 @@ def _bce_kernel(
         if NEED_GRAD:
             # The halo is twice the blur's radius: the blur's transpose is right on the owned pixels.
             slope = tl.where(canvas, slope, 0.0)
-            slope = _blur(slope, 0.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W) * ink_slope
+            if seen > 0:
+                slope = _blur(slope, 0.0, centre, falloff, RADIUS, BLOCK_H, BLOCK_W)
+            slope *= ink_slope
             if FUSED:
                 plane = _wide(tl.program_id(0)) * height * width
             tl.store(gradient + plane + pixel, slope, mask=owned)
