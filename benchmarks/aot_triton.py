@@ -1,0 +1,243 @@
+"""Compiles every Triton kernel for sm_80 and sm_90 without a GPU, and prints what each takes of the chip.
+
+    python benchmarks/aot_triton.py [--quick] [--jobs N]
+
+The launchers run on meta tensors at the sizes of the benchmark suite, their kernels replaced by recorders, so
+that what is compiled here is what they would launch: types, constants, warps. Registers and local memory are
+read from the cubin. Data in local memory (spills) is flagged; the exit status is 1 where a kernel does not
+compile or spills more than LOCAL_LIMIT. Not for a process with TRITON_INTERPRET set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+ARCHITECTURES = (80, 90)
+# Bytes a thread. ptxas spills a few values around its loops to fit one more block; more would be a defect.
+LOCAL_LIMIT = 64
+SIZES = ((256, 64, 28), (64, 100, 84), (64, 256, 256))  # (B, T, side), of the benchmark suite
+TYPE_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.uint8: "u8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as a launcher launches it; plain data, so that it travels to a worker process."""
+
+    module: str
+    kernel: str
+    label: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[int, ...]  # positions of arguments divisible by 16
+    warps: int
+
+
+@dataclass
+class Result:
+    variant: Variant
+    architecture: int
+    registers: int = 0
+    local: int = 0
+    shared: int = 0
+    error: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.error) or self.local > LOCAL_LIMIT
+
+
+class Recorder:
+    """Stands in for a kernel: keeps what it is launched with."""
+
+    def __init__(self, module: str, kernel: Any, label: str, variants: list[Variant]) -> None:
+        self.module, self.kernel, self.label, self.variants = module, kernel, label, variants
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.record
+
+    def record(self, *args: Any, num_warps: int = 4, enable_fp_fusion: bool = True, **kwargs: Any) -> None:
+        values = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
+        signature, constants, aligned = {}, {}, []
+        for position, parameter in enumerate(self.kernel.params):
+            value = values[parameter.name]
+            kind = "constexpr" if parameter.is_constexpr else _type_name(value)
+            signature[parameter.name] = kind
+            if kind == "constexpr":
+                constants[parameter.name] = value
+            elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+                aligned.append(position)
+        self.variants.append(
+            Variant(
+                self.module,
+                self.kernel.__name__,
+                self.label,
+                tuple(signature.items()),
+                tuple(constants.items()),
+                tuple(aligned),
+                num_warps,
+            )
+        )
+
+
+def _type_name(value: Any) -> str:
+    """The type Triton gives an argument; an integer of value 1 becomes a constant."""
+    if isinstance(value, torch.Tensor):
+        return "*" + TYPE_NAMES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "constexpr" if value == 1 else "i32" if abs(value) < 2**31 else "i64"
+
+
+def raster_variants(dtype: torch.dtype, batch: int, steps: int, side: int) -> Iterator[Variant]:
+    """What the launchers of rasterize, stroke_distance and raster_bce launch, forward and backward."""
+    from sketchfast.kernels.triton import raster
+
+    points = torch.empty((batch, steps, 2), dtype=dtype, device="meta")
+    strokes = (
+        points,
+        torch.empty((batch, steps), dtype=torch.bool, device="meta"),
+        torch.empty(batch, dtype=torch.int64, device="meta"),
+    )
+    target = torch.empty((batch, side, side), dtype=torch.float32, device="meta")
+    target_strokes = (points.float(), *strokes[1:])
+    image = target.to(dtype)
+
+    saved = torch.empty((batch, side, side), dtype=torch.int16, device="meta")
+    nearest = saved.int()
+    plain, blurred = (5.0, 2.0, 0.0, 5), (5.0, 2.0, 2.0, 5)
+    none = (None, None, None)
+    calls = {
+        "fwd plain": lambda: raster.raster_fwd(*strokes, side, side, *plain, dtype, True),
+        "fwd blur": lambda: raster.raster_fwd(*strokes, side, side, *blurred, dtype, True),
+        "bwd plain": lambda: raster.raster_bwd(image, *strokes, saved, *plain),
+        "bwd blur": lambda: raster.raster_bwd(image, *strokes, saved, *blurred),
+        "plain image": lambda: raster.raster_bce(*strokes, target, *none, side, side, *plain, True),
+        "blur image": lambda: raster.raster_bce(*strokes, target, *none, side, side, *blurred, True),
+        "blur strokes": lambda: raster.raster_bce(
+            *strokes, None, *target_strokes, side, side, *blurred, True
+        ),
+        "fwd": lambda: raster.stroke_distance_fwd(*strokes, side, side),
+        "bwd distance": lambda: raster.stroke_distance_bwd(target, points, nearest),
+    }
+    if side == 84 and dtype == torch.float32:  # blocks of 64 x 64, and blurs that go through memory
+        wide, widest = (5.0, 2.0, 3.0, 11), (5.0, 2.0, 9.0, 41)
+        calls |= {
+            "fwd wide": lambda: raster.raster_fwd(*strokes, side, side, *wide, dtype, True),
+            "bwd wide": lambda: raster.raster_bwd(image, *strokes, saved, *wide),
+            "wide image": lambda: raster.raster_bce(*strokes, target, *none, side, side, *wide, True),
+            "fwd widest": lambda: raster.raster_fwd(*strokes, side, side, *widest, dtype, True),
+            "bwd widest": lambda: raster.raster_bwd(image, *strokes, saved, *widest),
+        }
+
+    kernels = {name: kernel for name, kernel in vars(raster).items() if name.endswith("_kernel")}
+    for label, call in calls.items():
+        variants: list[Variant] = []
+        size = f"{side}^2 {TYPE_NAMES[dtype]} {label}"
+        stand_ins = {name: Recorder(raster.__name__, k, size, variants) for name, k in kernels.items()}
+        with mock.patch.multiple(raster, **stand_ins):
+            call()
+        yield from variants
+
+
+def compile_variant(variant: Variant, architecture: int) -> Result:
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    result = Result(variant, architecture)
+    kernel = getattr(importlib.import_module(variant.module), variant.kernel)
+    attributes = {(position,): [["tt.divisibility", 16]] for position in variant.aligned}
+    try:
+        compiled = triton.compile(
+            ASTSource(kernel, dict(variant.signature), dict(variant.constants), attributes),
+            target=GPUTarget("cuda", architecture, 32),
+            options={"num_warps": variant.warps, "enable_fp_fusion": True},
+        )
+        result.registers, result.local = resource_usage(compiled.asm["cubin"])
+        result.shared = compiled.metadata.shared
+    except Exception as error:  # whatever the compiler raises is the finding
+        result.error = f"{type(error).__name__}: {error}".strip()
+    return result
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack and local memory) a thread of the kernel in a cubin takes."""
+    import triton.backends.nvidia as nvidia
+
+    tool = Path(nvidia.__path__[0]) / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+def unique(variants: list[Variant]) -> list[Variant]:
+    """One variant of each distinct compilation; its label is that of the first."""
+    seen: dict[tuple[Any, ...], Variant] = {}
+    for variant in variants:
+        key = (variant.kernel, variant.signature, variant.constants, variant.aligned, variant.warps)
+        seen.setdefault(key, variant)
+    return list(seen.values())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one size, one dtype, one architecture")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET is set: the interpreter and the compiler need separate processes")
+    dtypes = (torch.float32,) if options.quick else (torch.float32, torch.bfloat16)
+    sizes = SIZES[:1] if options.quick else SIZES
+    architectures = ARCHITECTURES[1:] if options.quick else ARCHITECTURES
+    variants = unique(
+        [v for dtype, size in itertools.product(dtypes, sizes) for v in raster_variants(dtype, *size)]
+    )
+    work = [(variant, architecture) for variant in variants for architecture in architectures]
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        results = list(pool.map(compile_variant, *zip(*work, strict=True)))
+
+    print(f"{'kernel':22}{'variant':28}{'arch':>6}{'warps':>6}{'regs':>6}{'local B':>8}{'shared B':>9}")
+    for result in results:
+        variant = result.variant
+        print(
+            f"{variant.kernel:22}{variant.label:28}{'sm_' + str(result.architecture):>6}{variant.warps:>6}"
+            f"{result.registers:>6}{result.local:>8}{result.shared:>9}"
+            + ("  FAILED: " + result.error if result.error else "  SPILLS" if result.local else "")
+        )
+    failed = sum(result.failed for result in results)
+    spilling = sum(result.local > 0 for result in results)
+    print(f"{len(results)} variants: {spilling} with data in local memory, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
