@@ -34,9 +34,11 @@ def requested_build() -> str:
 
 
 def find_nvcc() -> str | None:
+    """The one that CUDACXX or CUDA_HOME names, else the one on the PATH, else the usual place."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = [os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "/usr/local/cuda/bin/nvcc"]
-    return shutil.which("nvcc") or next((c for c in candidates if c and Path(c).exists()), None)
+    named = [os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc"]
+    candidates = [*named, shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    return next((c for c in candidates if c and Path(c).exists()), None)
 
 
 def cuda_unavailable_reason() -> str | None:
@@ -67,6 +69,8 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         choice = requested_build()
+        for stale in self.output_dir().glob("*.so"):
+            stale.unlink()  # what this run does not build must not be installed from an earlier one
         if choice == "none":
             print("sketchfast: SKETCHFAST_BUILD=none, nothing compiled: the reference implementations serve")
             return
@@ -107,6 +111,8 @@ class CMakeBuild(build_ext):
         build_dir.mkdir(parents=True, exist_ok=True)
         options = {
             "CMAKE_BUILD_TYPE": "Release",
+            # Named on the command line: the cache may hold the path of an earlier build environment's ninja.
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
             "SKETCHFAST_OUTPUT_DIR": self.output_dir(),
             "SKETCHFAST_HOST_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "TORCH_INCLUDE_DIRS": torch_root / "include",
@@ -119,6 +125,8 @@ class CMakeBuild(build_ext):
             options["CMAKE_CUDA_COMPILER"] = find_nvcc()
             options["CMAKE_CUDA_ARCHITECTURES"] = cuda_architectures()
         flags = [f"-D{name}={value}" for name, value in options.items()]
+        if options["CMAKE_MAKE_PROGRAM"] is None:
+            raise FileNotFoundError("ninja is not on the PATH")
         subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build_dir, *flags], check=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run(["cmake", "--build", build_dir, "--parallel", jobs], check=True)

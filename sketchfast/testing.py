@@ -56,7 +56,7 @@ def gradient(
     x = x.detach().clone().requires_grad_()
     out = function(x)
     if weight is None:
-        weight = torch.arange(out.numel(), dtype=torch.float64, device=out.device).mul(0.7).sin()
+        weight = torch.arange(out.numel(), dtype=torch.float64, device=out.device).mul(0.7).add(0.5).sin()
     (grad,) = torch.autograd.grad(out, x, weight.view(out.shape).to(out.dtype))
     return out.detach(), grad
 

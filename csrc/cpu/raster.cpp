@@ -8,6 +8,7 @@
 // than storing them, and each segment then gathers from the pixels it won.
 #include <algorithm>
 #include <cstdlib>
+#include <new>
 
 #include "../raster_math.h"
 #include "isa.h"
@@ -136,7 +137,7 @@ struct Array {
       const int64_t bytes = (count * sizeof(T) + 63) / 64 * 64;
       data = static_cast<T*>(std::aligned_alloc(64, bytes));
       size = data ? count : 0;
-      if (!data) std::abort();  // as torch's own allocator would end here too
+      if (!data) throw std::bad_alloc();
       for (int64_t i = 0; i < count; ++i) data[i] = fill;
     }
     return data;
@@ -807,26 +808,48 @@ void distance_backward_one(const Strokes& strokes, const Canvas& canvas, const r
 
 // --- entry points ------------------------------------------------------------------------------
 
+// Work on rows begin..end; where memory runs out the scratch starts anew, since planes that must be
+// left blank may not be.
+template <typename real, typename Work>
+void for_each_sketch(int64_t begin, int64_t end, Work work) {
+  try {
+    for (int64_t b = begin; b < end; ++b) work(b);
+  } catch (...) {
+    Scratch<real>& spoiled = scratch<real>();
+    spoiled.~Scratch<real>();
+    new (&spoiled) Scratch<real>();
+    throw;
+  }
+}
+
 void forward(const Strokes& strokes, const Canvas& canvas, void* image, Dtype dtype, int64_t begin,
              int64_t end) {
-  for (int64_t b = begin; b < end; ++b)
-    strokes.dtype == Dtype::float64 ? forward_one<double>(strokes, canvas, image, dtype, b)
-                                    : forward_one<float>(strokes, canvas, image, dtype, b);
+  const auto run = [&](auto real) {
+    for_each_sketch<decltype(real)>(begin, end, [&](int64_t b) {
+      forward_one<decltype(real)>(strokes, canvas, image, dtype, b);
+    });
+  };
+  strokes.dtype == Dtype::float64 ? run(double()) : run(float());
 }
 
 void backward(const Strokes& strokes, const Canvas& canvas, const void* grad, Dtype grad_dtype,
               void* grad_points, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; ++b)
-    strokes.dtype == Dtype::float64
-        ? backward_one<double>(strokes, canvas, grad, grad_dtype, grad_points, b)
-        : backward_one<float>(strokes, canvas, grad, grad_dtype, grad_points, b);
+  const auto run = [&](auto real) {
+    for_each_sketch<decltype(real)>(begin, end, [&](int64_t b) {
+      backward_one<decltype(real)>(strokes, canvas, grad, grad_dtype, grad_points, b);
+    });
+  };
+  strokes.dtype == Dtype::float64 ? run(double()) : run(float());
 }
 
 void cross_entropy(const Strokes& strokes, const Canvas& canvas, const Loss& loss, int64_t begin,
                    int64_t end) {
-  for (int64_t b = begin; b < end; ++b)
-    strokes.dtype == Dtype::float64 ? cross_entropy_one<double>(strokes, canvas, loss, b)
-                                    : cross_entropy_one<float>(strokes, canvas, loss, b);
+  const auto run = [&](auto real) {
+    for_each_sketch<decltype(real)>(begin, end, [&](int64_t b) {
+      cross_entropy_one<decltype(real)>(strokes, canvas, loss, b);
+    });
+  };
+  strokes.dtype == Dtype::float64 ? run(double()) : run(float());
 }
 
 bool is_far(const Strokes& strokes, int64_t b) {

@@ -6,7 +6,9 @@ attaches its kernels to the schemas that `sketchfast.ops` defined.
 
 from __future__ import annotations
 
+import re
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -30,4 +32,19 @@ def unavailable_reason(device_type: str) -> str | None:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"{path.name} does not load under torch {torch.__version__}: {error}"
-    return None
+    return _gpu_too_old_reason() if device_type == "cuda" else None
+
+
+def _gpu_too_old_reason() -> str | None:
+    """Why the machine code and PTX in _C_cuda.so cannot run on this GPU: it is older than all of them."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        host = import_module("sketchfast._host")
+    except ImportError:
+        return None
+    built = [int(arch) for arch in re.findall(r"\d+", host.build_info()["cuda"])]
+    major, minor = torch.cuda.get_device_capability()
+    if not built or 10 * major + minor >= min(built):
+        return None
+    return f"_C_cuda.so was built for sm_{min(built)} and newer, this GPU is sm_{major}{minor}"

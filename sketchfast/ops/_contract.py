@@ -7,16 +7,19 @@ An op module defines its schemas with `define`, its public function with the `ch
 from __future__ import annotations
 
 import importlib.util
+import math
+import numbers
+import operator
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..kernels import native
 
@@ -131,7 +134,7 @@ def define(
         torch.library.register_fake(qualified, fake(impl), lib=_library)
         if backward is not None:
             torch.library.register_autograd(
-                qualified, once_differentiable(backward(impl)), setup_context=setup_context, lib=_library
+                qualified, _once_differentiable(backward(impl)), setup_context=setup_context, lib=_library
             )
     launcher = _lazy_triton(module, name)
     _library.impl(f"{name}_triton", launcher, "CUDA")
@@ -145,17 +148,55 @@ def _lazy_triton(module: str, name: str) -> Callable[..., Any]:
     return launch
 
 
+class _EndOfDifferentiation(torch.autograd.Function):
+    """The identity on a gradient, whose own backward raises. `anchor` requires a gradient, so that it is in
+    the graph even where the gradient that came in is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError("the ops of sketchfast are once differentiable: a second backward has no formula")
+
+
+def _end_of_differentiation(grads: Any) -> Any:
+    """The gradients as they are, or, where a graph of them is being made, such that its backward raises."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return grads
+    anchor = torch.zeros((), requires_grad=True)
+    if isinstance(grads, Tensor):
+        return _EndOfDifferentiation.apply(grads, anchor)
+    return tuple(g if g is None else _EndOfDifferentiation.apply(g, anchor) for g in grads)
+
+
+def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's decorator of that name lets a second backward pass in silence where the incoming gradient is a
+    constant; this one raises there too."""
+
+    def run(ctx: Any, *grads: Any) -> Any:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        return _end_of_differentiation(results)
+
+    return run
+
+
 class _OnceDifferentiable(torch.autograd.Function):
     """The identity, whose backward cannot be differentiated again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+        return _end_of_differentiation(grad.detach() if torch.is_grad_enabled() else grad)
 
 
 def once(x: Tensor) -> Tensor:
@@ -165,15 +206,23 @@ def once(x: Tensor) -> Tensor:
     return x
 
 
+def full_precision(device_type: str) -> AbstractContextManager:
+    """Autocast turned off, where this device type knows it."""
+    if torch.amp.autocast_mode.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 # --- checks -----------------------------------------------------------------------------------------------
 
 
 def describe(value: Any) -> str:
-    """A value as error messages show it: a tensor by dtype, shape and device."""
+    """A value as error messages show it: a tensor by dtype, shape and device, anything else cut short."""
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
         return f"a {dtype} tensor of shape {tuple(value.shape)} on {value.device}"
-    return repr(value)
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
 
 
 def check_tensor(
@@ -188,7 +237,9 @@ def check_tensor(
     A string in `shape` stands for any size and is what the message calls it. `like` gives the device.
     """
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {describe(value)} of type {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {value.layout}")
     if value.dtype not in dtypes:
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be a tensor of dtype {allowed}, got {describe(value)}")
@@ -206,24 +257,37 @@ def check_tensor(
 def check_number(
     name: str, value: Any, *, above: float | None = None, at_least: float | None = None
 ) -> float:
-    """`value` as a float, or TypeError (no number) or ValueError (not finite, out of range)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """`value` as a float, or TypeError (no real number) or ValueError (not finite, out of range)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {describe(value)} of type {type(value).__name__}")
-    if value != value or value in (float("inf"), float("-inf")):
-        raise ValueError(f"{name} must be finite, got {value!r}")
-    if above is not None and not value > above:
-        raise ValueError(f"{name} must be greater than {above:g}, got {value!r}")
-    if at_least is not None and not value >= at_least:
-        raise ValueError(f"{name} must be at least {at_least:g}, got {value!r}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {describe(value)}")
+    if above is not None and not number > above:
+        raise ValueError(f"{name} must be greater than {above:g}, got {describe(value)}")
+    if at_least is not None and not number >= at_least:
+        raise ValueError(f"{name} must be at least {at_least:g}, got {describe(value)}")
+    return number
 
 
-def check_integer(name: str, value: Any, at_least: int) -> int:
-    """`value`, or TypeError (no integer) or ValueError (below `at_least`)."""
-    if isinstance(value, (bool, float, str)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an integer, got {describe(value)} of type {type(value).__name__}")
+def check_integer(name: str, value: Any, at_least: int, at_most: int | None = None) -> int:
+    """`value` as an int, or TypeError (no integer) or ValueError (out of range)."""
+    symbolic = isinstance(value, torch.SymInt)
+    if not symbolic:
+        try:
+            if isinstance(value, (bool, Tensor)):
+                raise TypeError
+            value = operator.index(value)
+        except TypeError:
+            kind = type(value).__name__
+            raise TypeError(f"{name} must be an integer, got {describe(value)} of type {kind}") from None
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value!r}")
+    if at_most is not None and value > at_most:
+        raise ValueError(f"{name} must be at most {at_most}, got {value!r}")
     return value
 
 

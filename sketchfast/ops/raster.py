@@ -19,6 +19,7 @@ from ..kernels.reference import raster as reference
 from . import _contract as contract
 
 PEN_DTYPES = (torch.bool, *contract.FLOAT_DTYPES)
+MOST_TAPS = 2**15 - 1
 
 # --- schemas, fakes, autograd ------------------------------------------------------------------------------
 
@@ -215,7 +216,7 @@ def _check_lengths(name: str, lengths: Tensor | None, steps: int) -> None:
 
 def _check_intensity(sharpness: Any, offset: Any, blur_sigma: Any, blur_taps: Any) -> tuple[Any, ...]:
     """(sharpness, offset, blur_sigma, blur_taps) with blur_sigma 0 where there is no blur."""
-    taps = contract.check_integer("blur_taps", blur_taps, 1)
+    taps = contract.check_integer("blur_taps", blur_taps, 1, at_most=MOST_TAPS)
     if taps % 2 == 0:
         raise ValueError(f"blur_taps must be odd, got {taps}")
     sigma = 0.0 if blur_sigma is None else contract.check_number("blur_sigma", blur_sigma, above=0)
@@ -284,7 +285,7 @@ def rasterize(
         raise TypeError(f"dtype must be a floating dtype of {contract.FLOAT_DTYPES}, got {dtype!r}")
     chosen = contract.choose_impl("rasterize", impl, points.device.type, points.dtype)
     if chosen == "reference":
-        with torch.autocast(points.device.type, enabled=False):
+        with contract.full_precision(points.device.type):
             strokes = (contract.once(points), pen_down, lengths)
             return reference.intensity_image(*strokes, height, width, *scalars).to(dtype)
     op = getattr(torch.ops.sketchfast, f"raster_fwd_{chosen}")
@@ -366,7 +367,7 @@ def raster_bce(
     scalars = _check_intensity(sharpness, offset, blur_sigma, blur_taps)
     chosen = contract.choose_impl("raster_bce", impl, points.device.type, points.dtype)
     if chosen == "reference":
-        with torch.autocast(points.device.type, enabled=False):
+        with contract.full_precision(points.device.type):
             if image is None:
                 image = reference.intensity_image(*target_strokes, height, width, *scalars)
             drawn = reference.intensity_image(

@@ -3,6 +3,7 @@
 In a process of its own (test_raster_triton.py starts one) TRITON_INTERPRET=1 adds Triton to the table.
 """
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -334,17 +335,29 @@ def test_gradient_is_that_of_finite_differences(device, impl):
 
 
 @impls
-def test_second_backward_raises(device, impl):
+@pytest.mark.parametrize("reduce", [torch.sum, lambda x: x.square().sum()], ids=["sum", "square"])
+def test_second_backward_raises(device, impl, reduce):
+    """Also where the incoming gradient is a constant, as that of a sum is."""
     points, pen_down = random_strokes(1, 6, 12, device=device)
     points.requires_grad_()
     for result in (
-        sf.rasterize(points, pen_down, 12, impl=impl).square().sum(),
-        sf.raster_bce(points, pen_down, torch.zeros(1, 12, 12, device=device), impl=impl).square().sum(),
-        sf.stroke_distance(points, pen_down, 12, impl=impl)[0].square().sum(),
+        sf.rasterize(points, pen_down, 12, impl=impl),
+        sf.raster_bce(points, pen_down, torch.zeros(1, 12, 12, device=device), impl=impl),
+        sf.stroke_distance(points, pen_down, 12, impl=impl)[0],
     ):
-        (grad,) = torch.autograd.grad(result, points, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            grad.sum().backward()
+        (grad,) = torch.autograd.grad(reduce(result), points, create_graph=True)
+        with pytest.raises(RuntimeError, match="once differentiable"):
+            grad.square().sum().backward()
+
+
+@impls
+def test_numpy_scalars_and_meta_tensors(device, impl):
+    points, pen_down = random_strokes(1, 6, 12, device=device)
+    plain = sf.rasterize(points, pen_down, (12, 9), sharpness=4.0, offset=1.0, impl=impl)
+    numbers = {"sharpness": np.float32(4), "offset": np.int64(1)}
+    assert_same_bits(sf.rasterize(points, pen_down, (np.int64(12), np.int32(9)), impl=impl, **numbers), plain)
+    meta = sf.rasterize(points.to("meta"), pen_down.to("meta"), (12, 9), impl="reference")
+    assert meta.shape == plain.shape
 
 
 @impls
@@ -505,6 +518,11 @@ BAD_CALLS = [  # (changed arguments, exception, what the message must hold)
     ({"blur_sigma": 0.0}, ValueError, "blur_sigma must be greater than 0, got 0.0"),
     ({"blur_sigma": 1.0, "blur_taps": 4}, ValueError, "blur_taps must be odd, got 4"),
     ({"blur_taps": -1}, ValueError, "blur_taps must be at least 1, got -1"),
+    ({"blur_taps": 2**40 + 1}, ValueError, "blur_taps must be at most 32767, got 1099511627777"),
+    ({"sharpness": 10**400}, ValueError, "sharpness must be finite, got 1000"),
+    ({"size": torch.tensor(28.0)}, TypeError, "size must be an integer, got a float32 tensor"),
+    ({"size": np.array([5, 5])}, TypeError, "size must be an integer, got array"),
+    ({"points": torch.zeros(2, 4, 2).to_sparse()}, TypeError, "points must be a dense tensor"),
     ({"dtype": torch.int32}, TypeError, "dtype must be.*int32"),
     ({"impl": "fast"}, ValueError, "impl must be one of.*got 'fast'"),
     (

@@ -92,7 +92,7 @@ def stroke_distance(
 def blur_weights(sigma: float, taps: int, like: Tensor) -> Tensor:
     """[taps] Gaussian weights that sum to 1, centred."""
     position = torch.arange(taps, dtype=torch.float64, device=like.device) - taps // 2
-    weights = torch.exp(-(position**2) / (2 * sigma**2))
+    weights = torch.exp(-0.5 * (position / sigma) ** 2)  # sigma**2 could underflow
     return (weights / weights.sum()).to(like.dtype)
 
 
