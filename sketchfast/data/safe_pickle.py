@@ -130,16 +130,31 @@ def _empty_bytes(*args: Any) -> bytes:
     return b""
 
 
+class _Function:
+    """A stand-in function that a pickle can call but not set attributes of, as BUILD may on a plain one."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise UnsafePickleError("pickle sets the state of a function")
+
+
 _ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _latin1,
-    ("builtins", "bytes"): _empty_bytes,
-    ("__builtin__", "bytes"): _empty_bytes,
+    ("_codecs", "encode"): _Function(_latin1),
+    ("builtins", "bytes"): _Function(_empty_bytes),
+    ("__builtin__", "bytes"): _Function(_empty_bytes),
 }
 for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    _ADMITTED[_module, "_reconstruct"] = _reconstruct
-    _ADMITTED[_module, "scalar"] = _scalar
+    _ADMITTED[_module, "_reconstruct"] = _Function(_reconstruct)
+    _ADMITTED[_module, "scalar"] = _Function(_scalar)
 
 
 class _ArrayUnpickler(pickle.Unpickler):

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sketch_strategies import assert_same, sketches
 
+from sketchfast.data import safe_pickle
 from sketchfast.data.archive import LayoutError, layout_error, open_tree
 from sketchfast.data.dataset import LabelledImages, StrokeDataset
 from sketchfast.data.safe_pickle import UnsafePickleError, load_arrays, load_npy
@@ -223,6 +224,18 @@ HOSTILE = {
 def test_hostile_pickles_are_refused(name):
     with pytest.raises(UnsafePickleError):
         load_arrays(HOSTILE[name])
+
+
+@pytest.mark.parametrize("function", ["_codecs encode", "builtins bytes", "numpy.core.multiarray scalar"])
+def test_a_pickle_cannot_change_the_stand_ins(function):
+    module, name = function.split()
+    stand_in = safe_pickle._ADMITTED[module, name]
+    inner = getattr(stand_in, "_function", stand_in)
+    before = inner.__defaults__, dict(inner.__dict__)
+    for state in (b"N}X\x0c\0\0\0__defaults__)s\x86", b"}X\x01\0\0\0aK\x01s"):  # (None, slots), __dict__
+        with pytest.raises(UnsafePickleError, match="sets the state of a function"):
+            load_arrays(b"\x80\x02c%b\n%b\n%bb." % (module.encode(), name.encode(), state))
+    assert (inner.__defaults__, inner.__dict__) == before
 
 
 @given(st.data())
