@@ -2,12 +2,13 @@
 
 A pickle may name any callable. This unpickler admits only what numeric numpy arrays, scalars and object
 arrays of them are made of, and even these names lead to small stand-ins that check the state before numpy
-sees it: no code of the pickle's choosing runs, and no array is larger than the bytes that came with it.
+sees it: no code of the pickle's choosing runs, and all arrays together are no larger than the pickle.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,8 @@ class _Dtype:
 
     def __init__(self, code: Any, *_flags: Any) -> None:
         code = code.decode("ascii", "replace") if isinstance(code, bytes) else code
+        if not isinstance(code, str):  # hash and repr of nested tuples could take for ever
+            raise UnsafePickleError("pickle holds a dtype that is not named by a code")
         if code not in _NUMERIC and code not in ("O8", "O4", "O"):
             raise UnsafePickleError(f"pickle holds an array of dtype {code!r}, only numeric ones are read")
         self.code: str = code
@@ -36,7 +39,7 @@ class _Dtype:
         order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
         order = order.decode("ascii", "replace") if isinstance(order, bytes) else order
         if order not in ("<", ">", "=", "|"):
-            raise UnsafePickleError(f"pickle holds a dtype of byte order {order!r}")
+            raise UnsafePickleError("pickle holds a dtype of unknown byte order")
         self.order = order
 
     @property
@@ -48,37 +51,35 @@ class _Dtype:
 
 
 class _Array:
-    """Stand-in for numpy.ndarray: checks shape against data when its state arrives."""
+    """Stand-in for numpy.ndarray: checks shape against data when its state arrives.
 
-    value: NDArray[Any]
+    flat: the values, a view of the pickle's bytes, or a list of objects still to be resolved.
+    """
 
     def __init__(self, *_args: Any) -> None:
-        self.value = np.zeros(0)
+        self.flat: NDArray[Any] | list[Any] = np.zeros(0)
+        self.shape: tuple[int, ...] = (0,)
+        self.fortran = False
 
     def __setstate__(self, state: Any) -> None:
         if not (isinstance(state, tuple) and len(state) == 5):
             raise UnsafePickleError("pickle holds an array with an unknown state")
         _version, shape, dtype, fortran, data = state
-        if (
-            not isinstance(shape, tuple)
-            or not all(type(n) is int and n >= 0 for n in shape)
-            or len(shape) > 8
-        ):
-            raise UnsafePickleError(f"pickle holds an array of shape {shape!r}")
+        if not (isinstance(shape, tuple) and len(shape) <= 8 and all(type(n) is int for n in shape)):
+            raise UnsafePickleError("pickle holds an array whose shape is no tuple of at most 8 integers")
+        if min(shape, default=0) < 0:
+            raise UnsafePickleError(f"pickle holds an array of shape {shape}")
         if not isinstance(dtype, _Dtype):
             raise UnsafePickleError("pickle holds an array without a dtype")
-        count = int(np.prod(shape, dtype=object))
         if dtype.is_object:
-            if not isinstance(data, list) or len(data) != count:
-                raise UnsafePickleError("pickle holds an object array whose size is not its shape's")
-            flat: NDArray[Any] = np.empty(count, dtype=object)
-            for i, item in enumerate(data):
-                flat[i] = _resolve(item)
+            if not isinstance(data, list):
+                raise UnsafePickleError("pickle holds an object array without a list of objects")
+            self.flat = data
         else:
-            flat = np.frombuffer(_as_bytes(data), dtype=dtype.numpy()).copy()
-            if len(flat) != count:
-                raise UnsafePickleError(f"pickle holds {len(flat)} values for an array of shape {shape}")
-        self.value = flat.reshape(shape, order="F" if fortran else "C")
+            self.flat = np.frombuffer(_as_bytes(data), dtype=dtype.numpy())
+        if len(self.flat) != math.prod(shape):
+            raise UnsafePickleError(f"pickle holds {len(self.flat)} values for an array of shape {shape}")
+        self.shape, self.fortran = shape, bool(fortran)
 
 
 def _as_bytes(data: Any) -> bytes:
@@ -89,17 +90,41 @@ def _as_bytes(data: Any) -> bytes:
         raise UnsafePickleError("pickle holds an array whose data are not bytes") from None
 
 
-def _resolve(item: Any) -> Any:
-    """A plain value out of a stand-in."""
-    if isinstance(item, _Array):
-        return item.value
-    if item is None or isinstance(item, (bool, int, float, str, bytes, np.generic)):
-        return item
-    if isinstance(item, (list, tuple)):
-        return type(item)(_resolve(i) for i in item)
-    if isinstance(item, dict):
-        return {_resolve(k): _resolve(v) for k, v in item.items()}
-    raise UnsafePickleError(f"pickle holds a {type(item).__name__}, only numeric arrays are read")
+class _Resolver:
+    """Turns what was unpickled into plain values: each object once, however often the pickle refers to it."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size  # array bytes (or objects) that a pickle of `size` bytes may still hold
+        self._resolved: dict[int, Any] = {}  # by id: the unpickled value keeps every object alive meanwhile
+
+    def resolve(self, item: Any) -> Any:
+        if item is None or isinstance(item, (bool, int, float, str, bytes, np.generic)):
+            return item
+        if id(item) not in self._resolved:
+            self._resolved[id(item)] = self._resolve_container(item)
+        return self._resolved[id(item)]
+
+    def _resolve_container(self, item: Any) -> Any:
+        if isinstance(item, _Array):
+            return self._array(item)
+        if isinstance(item, (list, tuple)):
+            return type(item)(self.resolve(i) for i in item)
+        if isinstance(item, dict):
+            return {self.resolve(k): self.resolve(v) for k, v in item.items()}
+        raise UnsafePickleError(f"pickle holds a {type(item).__name__}, only numeric arrays are read")
+
+    def _array(self, array: _Array) -> NDArray[Any]:
+        values = array.flat
+        self._left -= len(values) if isinstance(values, list) else values.nbytes
+        if self._left < 0:
+            raise UnsafePickleError("pickle holds arrays that are larger than itself")
+        if isinstance(values, list):
+            flat: NDArray[Any] = np.empty(math.prod(array.shape), dtype=object)
+            for i, item in enumerate(values):
+                flat[i] = self.resolve(item)
+        else:
+            flat = values.copy()
+        return flat.reshape(array.shape, order="F" if array.fortran else "C")
 
 
 def _scalar(dtype: Any, data: Any = b"") -> np.generic:
@@ -173,7 +198,7 @@ def load_arrays(data: bytes) -> Any:
     Raises UnsafePickleError where it asks for anything else, pickle.UnpicklingError where it is broken.
     """
     try:
-        return _resolve(_ArrayUnpickler(io.BytesIO(data), encoding="latin1").load())
+        return _Resolver(len(data)).resolve(_ArrayUnpickler(io.BytesIO(data), encoding="latin1").load())
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # a broken pickle may raise anything from its stack machine

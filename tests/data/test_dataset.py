@@ -189,15 +189,18 @@ class _Call:
         return self.call
 
 
+class _Reconstructed:
+    """Pickles as an array with the given state, as numpy would write it."""
+
+    def __init__(self, state: tuple):
+        self.state = state
+
+    def __reduce__(self):
+        return np.zeros(1).__reduce__()[0], (np.ndarray, (0,), b"b"), self.state
+
+
 def _reconstructed(state: tuple) -> bytes:
-    """A pickle of an array with the given state, as numpy would write it."""
-
-    class Fake:
-        def __reduce__(self):
-            reconstruct = np.zeros(1).__reduce__()[0]
-            return reconstruct, (np.ndarray, (0,), b"b"), state
-
-    return pickle.dumps(Fake(), 2)
+    return pickle.dumps(_Reconstructed(state), 2)
 
 
 FLOAT = np.dtype("f8")
@@ -224,6 +227,57 @@ HOSTILE = {
 def test_hostile_pickles_are_refused(name):
     with pytest.raises(UnsafePickleError):
         load_arrays(HOSTILE[name])
+
+
+def _nested(container: type, levels: int):
+    """A container of 10 times the same container of 10 ..., which pickles to 25 bytes a level."""
+    value = container([0] * 10)
+    for _ in range(levels):
+        value = container([value] * 10)
+    return value
+
+
+@pytest.mark.parametrize("container", [list, tuple])
+def test_shared_objects_are_resolved_once(container):
+    """Following every reference takes 10^(levels + 1) steps: for ever, with a few levels more than here."""
+    nested = _nested(container, 5)
+    rows = np.empty(2, object)
+    rows[:] = [{"a": nested}, {"a": nested}]
+    for back in (
+        load_arrays(pickle.dumps([nested, nested])),
+        [row["a"] for row in load_arrays(rows.dumps())],
+    ):
+        assert back[0] == nested
+        assert back[0] is back[1]
+        assert back[0][0] is back[1][9]
+
+
+def test_object_that_holds_itself_is_refused():
+    loop: list = []
+    loop.append(loop)
+    with pytest.raises(pickle.UnpicklingError):
+        load_arrays(pickle.dumps(loop))
+
+
+def test_hostile_states_are_not_shown_in_full():
+    """The repr of a nested tuple is as long as the tuple is large, its hash takes as long."""
+    nested = _nested(tuple, 6)
+    for blob in (
+        _reconstructed((1, nested, FLOAT, False, b"")),
+        pickle.dumps(_Call(np.dtype, nested), 2),
+    ):
+        with pytest.raises(UnsafePickleError) as caught:
+            load_arrays(blob)
+        assert len(str(caught.value)) < 200
+
+
+def test_arrays_that_share_their_data_are_no_larger_than_the_pickle():
+    shared = b"a" * 1000
+    arrays = [_Reconstructed((1, (1000,), np.dtype("u1"), False, shared)) for _ in range(50)]
+    with pytest.raises(UnsafePickleError, match="larger than itself"):
+        load_arrays(pickle.dumps(arrays, 4))
+    objects = [_Reconstructed((1, (1000,), np.dtype(object), False, [0] * 1000)) for _ in range(3)]
+    assert len(load_arrays(pickle.dumps(objects, 4))) == 3
 
 
 @pytest.mark.parametrize("function", ["_codecs encode", "builtins bytes", "numpy.core.multiarray scalar"])
