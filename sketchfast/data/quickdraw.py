@@ -349,12 +349,17 @@ class _ClassFile(NamedTuple):
     class_name: str
 
 
-def _class_files(stack: ExitStack, root: Path, formats: Sequence[str], expected: str) -> list[_ClassFile]:
-    """The class files under root; where there are none, those in the zips under root."""
+def _class_files(
+    stack: ExitStack, root: Path, formats: Sequence[str], expected: str, skipped: dict[str, int]
+) -> list[_ClassFile]:
+    """The class files under root; where there are none, those in the zips under root.
+
+    Of these, broken ones are counted in `skipped`, unless none can be opened.
+    """
     top = stack.enter_context(open_tree(root))
     trees = [top]
     if not any(PurePosixPath(n).suffix[1:] in formats for n in top.names) and not isinstance(top, ZipTree):
-        trees = [stack.enter_context(ZipTree(root / n)) for n in top.names if n.lower().endswith(".zip")]
+        trees = _open_zips(stack, [root / n for n in top.names if n.lower().endswith(".zip")], skipped)
     files = [
         _ClassFile(tree, name, PurePosixPath(name).suffix[1:], class_of_file(name))
         for tree in trees
@@ -364,6 +369,19 @@ def _class_files(stack: ExitStack, root: Path, formats: Sequence[str], expected:
     if not files:
         raise layout_error(root, expected, top.names)
     return files
+
+
+def _open_zips(stack: ExitStack, paths: list[Path], skipped: dict[str, int]) -> list[Tree]:
+    """The zips that can be opened, the others counted; if all are broken, the last one's error."""
+    trees: list[Tree] = []
+    for path in paths:
+        try:
+            trees.append(stack.enter_context(ZipTree(path)))
+        except ValueError:
+            if path == paths[-1] and not trees:
+                raise
+            add_counts(skipped, {BROKEN_FILE: 1})
+    return trees
 
 
 def _pick_format(files: list[_ClassFile], wanted: str | None, root: Path) -> tuple[str, list[_ClassFile]]:
@@ -438,7 +456,9 @@ def load_quickdraw(
         raise ValueError(f"file_format must be one of {', '.join(FORMATS)} or None, got {file_format!r}")
     _choose(impl)  # an impl that cannot run is the caller's error, not the files'
     with ExitStack() as stack:
-        chosen, files = _pick_format(_class_files(stack, path, FORMATS, EXPECTED), file_format, path)
+        skipped: dict[str, int] = {}
+        found = _class_files(stack, path, FORMATS, EXPECTED, skipped)
+        chosen, files = _pick_format(found, file_format, path)
         if split in NPZ_SPLITS and chosen != "npz":
             raise ValueError(f"split {split!r} exists in .npz files only, {path} holds .{chosen}")
         if split in CLASS_SPLITS:
@@ -448,7 +468,6 @@ def load_quickdraw(
             files = [f for f in files if f.class_name in inside]
         files = _wanted_files(files, classes)
         parse = _parser(chosen, split if split in NPZ_SPLITS else None, impl)
-        skipped: dict[str, int] = {}
         chunks = [
             _pick(_parse_file(file, parse, skipped), max_points, per_class, seed, file.class_name, skipped)
             for file in track(files, "QuickDraw", progress)
@@ -535,10 +554,10 @@ def load_quickdraw_bitmaps(
     path = existing_path(root)
     _check_limit("per_class", per_class)
     with ExitStack() as stack:
-        found = _class_files(stack, path, ("npy",), EXPECTED_BITMAPS)
+        skipped: dict[str, int] = {}
+        found = _class_files(stack, path, ("npy",), EXPECTED_BITMAPS, skipped)
         _refuse_duplicates(found, path)
         files = _wanted_files(found, classes)
-        skipped: dict[str, int] = {}
         chunks = list(_bitmaps(track(files, "QuickDraw", progress), per_class, seed, skipped))
     return LabelledImages(
         images=np.concatenate([np.zeros((0, 28, 28), np.uint8), *chunks]),
@@ -555,7 +574,7 @@ def _bitmaps(
     """The bitmaps of each class, none for a broken file."""
     for file in files:
         try:
-            images = np.load(io.BytesIO(file.tree.read(file.name)), allow_pickle=False)
+            images = load_npy(file.tree.read(file.name))
             if images.ndim != 2 or images.shape[1] != 784 or images.dtype != np.uint8:
                 raise ValueError(f"{file.name} must be uint8 [N, 784]")
         except (ValueError, *READ_ERRORS):

@@ -205,18 +205,31 @@ def load_arrays(data: bytes) -> Any:
         raise pickle.UnpicklingError(f"pickle is broken: {type(error).__name__}: {error}") from error
 
 
+def _read_npy_header(stream: io.BytesIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype; leaves the stream where the data begin."""
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(stream)
+    if version not in read_header:
+        raise ValueError(f"npy version {version} is not read")
+    try:
+        shape, _fortran, dtype = read_header[version](stream)
+    except Exception as error:  # numpy parses the header as Python: a broken one may raise anything
+        raise ValueError(f"npy header is broken: {type(error).__name__}: {error}") from error
+    return shape, dtype
+
+
 def load_npy(data: bytes) -> NDArray[Any]:
     """The array of an `.npy` file's bytes; object arrays through `load_arrays`.
 
     Raises UnsafePickleError as `load_arrays`, ValueError for a broken file.
     """
     stream = io.BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in read_header:
-        raise ValueError(f"npy version {version} is not read")
-    _shape, _fortran, dtype = read_header[version](stream)
+    shape, dtype = _read_npy_header(stream)
     if not dtype.hasobject:
+        # Before numpy allocates by the header's word.
+        expected, present = math.prod(shape) * dtype.itemsize, len(data) - stream.tell()
+        if dtype.itemsize == 0 or expected != present:
+            raise ValueError(f"npy holds {present} bytes, its header calls for {expected} of dtype {dtype}")
         stream.seek(0)
         return np.lib.format.read_array(stream, allow_pickle=False)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pickle
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from sketchfast.data import quickdraw as Q
 from sketchfast.data.archive import LayoutError
-from sketchfast.data.safe_pickle import UnsafePickleError
+from sketchfast.data.safe_pickle import UnsafePickleError, load_npy
 
 IMPLS = ["python", "native"]
 CAT = [[[0, 10, 255], [5, 5, 0]], [[7], [8]]]
@@ -333,6 +334,90 @@ def test_broken_files_are_counted(folder):
     assert ds.class_names == ["broken", "fine"]
     assert len(ds) == 1
     assert ds.skipped == {Q.BROKEN_FILE: 1, Q.MALFORMED: 1}
+
+
+def npy(header: str, data: bytes = b"") -> bytes:
+    """An `.npy` file with this text for a header."""
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + data
+
+
+def npy_header(descr: str, shape: tuple[int, ...]) -> str:
+    return repr({"descr": descr, "fortran_order": False, "shape": shape}) + "\n"
+
+
+def npz_of(member: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        archive.writestr("train.npy", member)
+    return buffer.getvalue()
+
+
+BROKEN_NPY = {
+    "memory": npy(npy_header("<i2", (10**12, 3))),
+    "overflow": npy(npy_header("<f8", (10**30,))),
+    "unterminated": npy("{'descr':'<f8"),
+    "indented": npy("  1\n 2L"),
+    "no dtype": npy(npy_header("spam", (3,))),
+    "no size": npy(npy_header("|V0", (10**9,))),
+    "negative": npy(npy_header("|u1", (-1, 784))),
+    "short": npy(npy_header("|u1", (3, 784)), bytes(3 * 784 - 1)),
+    "an npz": npz_of(b""),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_NPY)
+def test_broken_npy_is_counted_beside_a_good_one(tmp_path, name):
+    (tmp_path / "cat.npz").write_bytes(npz(train=[[[0, 0, 0], [1, 1, 1]]]))
+    (tmp_path / "dog.npz").write_bytes(npz_of(BROKEN_NPY[name]))
+    ds = Q.load_quickdraw(tmp_path)
+    np.testing.assert_array_equal(ds.labels, [0])
+    assert ds.skipped == {Q.BROKEN_FILE: 1}
+    np.save(tmp_path / "cat.npy", np.zeros((2, 784), np.uint8))
+    (tmp_path / "dog.npy").write_bytes(BROKEN_NPY[name])
+    images = Q.load_quickdraw_bitmaps(tmp_path)
+    np.testing.assert_array_equal(images.labels, [0, 0])
+    assert images.skipped == {Q.BROKEN_FILE: 1}
+
+
+def test_npy_is_measured_before_numpy_reads_it(monkeypatch):
+    """numpy takes 5 s for 10^9 elements without size, and may get the memory for some that are not there."""
+    monkeypatch.setattr(np.lib.format, "read_array", None)
+    for name in ("memory", "no size"):
+        with pytest.raises(ValueError, match="its header calls for"):
+            load_npy(BROKEN_NPY[name])
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+@given(data=st.data())
+def test_mangled_npz_is_read_or_refused(compression, data):
+    whole = npz(train=[[[0, 0, 0], [1, 1, 1]]] * 3)
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        blob = bytearray(npz_of(archive.read("train.npy"), compression))
+    for _ in range(data.draw(st.integers(1, 3))):
+        blob[data.draw(st.integers(0, len(blob) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(ValueError):
+        Q.parse_npz(bytes(blob))
+
+
+def test_damaged_lzma_member_is_counted(tmp_path):
+    blob = bytearray(npz_of(bytes(1000), zipfile.ZIP_LZMA))
+    start = 30 + len("train.npy")
+    blob[start : start + 9] = b"\x09\x04\x05\x00" + b"\xff" * 5  # filter properties no LZMA has
+    (tmp_path / "dog.npz").write_bytes(blob)
+    (tmp_path / "cat.npz").write_bytes(npz(train=[[[0, 0, 0], [1, 1, 1]]]))
+    ds = Q.load_quickdraw(tmp_path)
+    assert (len(ds), ds.skipped) == (1, {Q.BROKEN_FILE: 1})
+
+
+@pytest.mark.parametrize("broken", ["a.zip", "z.zip"])
+def test_broken_zip_is_counted_beside_a_good_one(folder, tmp_path_factory, broken):
+    other = tmp_path_factory.mktemp("zips")
+    (other / broken).write_bytes(b"no zip")
+    with pytest.raises(ValueError, match="is not a readable zip archive"):
+        Q.load_quickdraw(other)
+    zipped(folder, other / "good.zip")
+    ds = Q.load_quickdraw(other)
+    assert (len(ds), ds.skipped) == (6, {Q.BROKEN_FILE: 1})
 
 
 class _Exploit:
