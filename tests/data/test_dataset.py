@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
+import struct
 import zipfile
 
 import numpy as np
@@ -15,7 +16,8 @@ from sketch_strategies import assert_same, sketches
 
 from sketchfast.data import safe_pickle
 from sketchfast.data.archive import LayoutError, layout_error, open_tree
-from sketchfast.data.dataset import LabelledImages, StrokeDataset
+from sketchfast.data.dataset import LabelledImages, StrokeDataset, write_npz
+from sketchfast.data.prepare import cache_path, load_prepared
 from sketchfast.data.safe_pickle import UnsafePickleError, load_arrays, load_npy
 from sketchfast.data.strokes import make_sketch
 
@@ -106,6 +108,49 @@ def test_damaged_caches_are_refused(tmp_path):
         StrokeDataset.load(path)
     with pytest.raises(FileNotFoundError):
         StrokeDataset.load(tmp_path / "none.npz")
+
+
+@pytest.mark.parametrize("field", ["class_names", "skipped", "info"])
+@pytest.mark.parametrize("wrong", [{}, 3])
+def test_cache_without_a_header_field_is_refused(tmp_path, field, wrong):
+    header = {"version": 1, "class_names": ["a"], "skipped": {}, "info": {}}
+    if wrong:
+        header[field] = wrong
+    else:
+        del header[field]
+    arrays = {"images": np.zeros((1, 2, 2), np.uint8), "labels": np.zeros(1, np.int64)}
+    write_npz(tmp_path / "c.npz", header, **arrays)
+    with pytest.raises(ValueError, match=rf"c\.npz is no readable cache: its header holds no .* {field}"):
+        LabelledImages.load(tmp_path / "c.npz")
+
+
+def test_inconsistent_or_oversized_caches_are_refused(tmp_path):
+    path = tmp_path / "c.npz"
+    ds = dataset([make_sketch([[0, 0], [1, 1]], [1, 0])])
+    for name, values in [("labels", np.array([7])), ("labels", np.array(0)), ("points", np.zeros((3, 2)))]:
+        broken = dataset([make_sketch([[0, 0], [1, 1]], [1, 0])])
+        setattr(broken, name, values)
+        broken.save(path)
+        with pytest.raises(ValueError, match=r"c\.npz is no readable cache"):
+            StrokeDataset.load(path)
+    ds.save(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        header = repr({"descr": "<f8", "fortran_order": False, "shape": (10**12, 3)}) + "\n"
+        archive.writestr(
+            "extra_x.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
+        )
+    with pytest.raises(ValueError, match=r"c\.npz is no readable cache"):
+        StrokeDataset.load(path)
+
+
+def test_damaged_prepared_cache_is_passed_over(tmp_path):
+    write_npz(
+        cache_path("quickdraw", tmp_path),
+        {"version": 1},
+        **{name: getattr(dataset([]), name) for name in ("points", "pen_down", "offsets", "labels")},
+    )
+    with pytest.warns(RuntimeWarning, match="cache passed over: .* is no readable cache"):
+        assert load_prepared("quickdraw", tmp_path) is None
 
 
 def test_select_classes_relabels():
