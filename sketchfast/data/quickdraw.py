@@ -13,7 +13,7 @@ import re
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path, PurePosixPath
@@ -23,6 +23,7 @@ from urllib.parse import unquote
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ops._contract import check_integer
 from .archive import READ_ERRORS, Tree, ZipTree, existing_path, layout_error, open_tree
 from .dataset import LabelledImages, StrokeDataset, add_counts, class_index, ranges, track
 from .safe_pickle import UnsafePickleError, load_npy
@@ -327,8 +328,9 @@ def class_split(names: Sequence[str], train: int = 300, seed: int = 0) -> tuple[
     Depends on the set of names and the seed only, not on their order; both lists are sorted. Which 300 the
     paper picked is not published.
     """
-    ordered = sorted(set(names))
-    if not 0 <= train <= len(ordered):
+    train, seed = check_integer("train", train, 0), check_integer("seed", seed, 0)
+    ordered = sorted(set(_names("names", names)))
+    if train > len(ordered):
         raise ValueError(f"train must be in [0, {len(ordered)}] for {len(ordered)} classes, got {train}")
     picked = np.random.default_rng(seed).permutation(len(ordered))[:train]
     seen = {ordered[i] for i in picked}
@@ -408,15 +410,22 @@ def _wanted_files(files: list[_ClassFile], classes: Sequence[str] | None) -> lis
     ordered = sorted(files, key=lambda f: f.class_name)
     if classes is None:
         return ordered
-    if isinstance(classes, str):
-        raise TypeError(f"classes must be a sequence of names, got the str {classes!r}")
     names = [f.class_name for f in ordered]
     return [ordered[class_index(names, c)] for c in dict.fromkeys(classes)]
 
 
-def _check_limit(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name} must be at least 1 or None, got {value}")
+def _names(name: str, value: Any) -> list[str]:
+    """`value` as a list of str, or TypeError."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence of names, got the {type(value).__name__} {value!r}")
+    names = list(value)
+    if wrong := [item for item in names if not isinstance(item, str)]:
+        raise TypeError(f"{name} must be names, got the {type(wrong[0]).__name__} {wrong[0]!r} among them")
+    return names
+
+
+def _check_limit(name: str, value: int | None) -> int | None:
+    return None if value is None else check_integer(name, value, 1)
 
 
 def load_quickdraw(
@@ -447,8 +456,9 @@ def load_quickdraw(
     classes or splits, UnsafePickleError for an `.npz` that pickles anything but numbers.
     """
     path = existing_path(root)
-    _check_limit("per_class", per_class)
-    _check_limit("max_points", max_points)
+    classes = None if classes is None else _names("classes", classes)
+    per_class, max_points = _check_limit("per_class", per_class), _check_limit("max_points", max_points)
+    seed = check_integer("seed", seed, 0)
     if split not in (None, *CLASS_SPLITS, *NPZ_SPLITS):
         known = ", ".join(CLASS_SPLITS + NPZ_SPLITS)
         raise ValueError(f"split must be one of {known} or None, got {split!r}")
@@ -552,7 +562,8 @@ def load_quickdraw_bitmaps(
     Arguments and errors as in `load_quickdraw`; a broken file is counted in `skipped`.
     """
     path = existing_path(root)
-    _check_limit("per_class", per_class)
+    classes = None if classes is None else _names("classes", classes)
+    per_class, seed = _check_limit("per_class", per_class), check_integer("seed", seed, 0)
     with ExitStack() as stack:
         skipped: dict[str, int] = {}
         found = _class_files(stack, path, ("npy",), EXPECTED_BITMAPS, skipped)

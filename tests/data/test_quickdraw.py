@@ -466,6 +466,7 @@ def _bad(folder: Path, case: str):
         "class": lambda: Q.load_quickdraw(folder, classes=["cta"]),
         "class str": lambda: Q.load_quickdraw(folder, classes="cat"),
         "per_class": lambda: Q.load_quickdraw(folder, per_class=0),
+        "max_points": lambda: Q.load_quickdraw(folder, max_points=64.0),
         "split": lambda: Q.load_quickdraw(folder, split="all"),
         "npz split": lambda: Q.load_quickdraw(folder, split="train"),
         "format": lambda: Q.load_quickdraw(folder, file_format="csv"),
@@ -486,6 +487,7 @@ def _bad(folder: Path, case: str):
         ("class", ValueError, "classes must be among the 3 found .cat.*got 'cta'"),
         ("class str", TypeError, "classes must be a sequence"),
         ("per_class", ValueError, "per_class must be at least 1"),
+        ("max_points", TypeError, "max_points must be an integer, got 64.0"),
         ("split", ValueError, "split must be one of seen, unseen"),
         ("npz split", ValueError, r"split 'train' exists in \.npz files only"),
         ("format", ValueError, "file_format must be one of"),
@@ -496,6 +498,46 @@ def _bad(folder: Path, case: str):
 def test_bad_calls(folder, case, error, message):
     with pytest.raises(error, match=message):
         _bad(folder, case)
+
+
+@pytest.mark.parametrize("load", [Q.load_quickdraw, Q.load_quickdraw_bitmaps])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"per_class": 1.5}, TypeError, "per_class must be an integer, got 1.5"),
+        ({"per_class": True}, TypeError, "per_class must be an integer, got True"),
+        ({"per_class": "3"}, TypeError, "per_class must be an integer, got '3'"),
+        ({"seed": "3"}, TypeError, "seed must be an integer, got '3'"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"classes": 3}, TypeError, "classes must be a sequence of names, got the int 3"),
+        ({"classes": ["cat", 3]}, TypeError, "classes must be names, got the int 3 among them"),
+    ],
+)
+def test_arguments_are_checked_before_any_file_is_read(tmp_path, load, arguments, error, message):
+    with pytest.raises(error, match=message):  # not the LayoutError of an empty folder
+        load(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"train": 1.5}, TypeError, "train must be an integer, got 1.5"),
+        ({"train": -1}, ValueError, "train must be at least 0"),
+        ({"seed": 0.5}, TypeError, "seed must be an integer, got 0.5"),
+        ({"names": "cat"}, TypeError, "names must be a sequence of names, got the str 'cat'"),
+    ],
+)
+def test_bad_class_splits(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Q.class_split(**{"names": ["a", "b"], "train": 1, **arguments})
+
+
+def test_classes_may_come_from_any_iterable(folder):
+    assert Q.load_quickdraw(folder, classes=(name for name in ("dog", "cat"))).class_names == ["dog", "cat"]
+
+
+def test_numpy_integers_are_integers(folder):
+    assert len(Q.load_quickdraw(folder, per_class=np.int64(1), seed=np.uint8(3))) == 3
 
 
 def test_class_split():
