@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
+import struct
+import tokenize
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -10,7 +13,20 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 
 #: What reading one file of a damaged archive or disk may raise; readers count the file and go on.
-READ_ERRORS = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+#: Among them what the standard library lets through: a size no memory holds, a header cut off.
+READ_ERRORS = (
+    OSError,
+    EOFError,
+    MemoryError,
+    NotImplementedError,
+    OverflowError,
+    RuntimeError,
+    lzma.LZMAError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class LayoutError(ValueError):
@@ -68,8 +84,8 @@ class ZipTree(Tree):
     def __init__(self, path: Path) -> None:
         try:
             self._zip = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"root: {path} is not a readable zip archive ({error})") from None
+        except (ValueError, *READ_ERRORS) as error:
+            raise ValueError(f"root: {path} is not a readable zip archive ({error})") from error
         super().__init__(path, (i.filename for i in self._zip.infolist() if not i.is_dir()))
 
     def read(self, name: str) -> bytes:

@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset
 
+from .archive import READ_ERRORS
 from .strokes import Sketch
 
 CACHE_VERSION = 1
+HEADER_FIELDS = {"class_names": list, "skipped": dict, "info": dict}  # of the cache's JSON header
 
 
 def _row_index(indices: ArrayLike, count: int) -> NDArray[np.int64]:
@@ -152,7 +154,11 @@ class StrokeDataset(Dataset[tuple[Sketch, int]]):
     @classmethod
     def load(cls, path: str | Path) -> StrokeDataset:
         """Reads what `save` wrote; ValueError for any other or a damaged file."""
-        return cls(**_load(path, ("points", "pen_down", "offsets", "labels")))
+        fields = _load(path, ("points", "pen_down", "offsets", "labels"))
+        try:
+            return cls(**fields)
+        except (ValueError, TypeError) as error:  # whole, but inconsistent
+            raise ValueError(f"path: {path} is no readable cache: {error}") from error
 
 
 @dataclass
@@ -215,7 +221,7 @@ def _load(path: str | Path, required: Sequence[str]) -> dict[str, Any]:
     header, arrays = read_npz(Path(path), required)
     extra = {k.removeprefix("extra_"): v for k, v in arrays.items() if k.startswith("extra_")}
     fields = {name: arrays[name] for name in required}
-    return {**fields, **{k: header[k] for k in ("class_names", "skipped", "info")}, "extra": extra}
+    return {**fields, **{k: header[k] for k in HEADER_FIELDS}, "extra": extra}
 
 
 def class_index(names: Sequence[str], name: str) -> int:
@@ -265,8 +271,6 @@ def _umask() -> int:
 
 def read_npz(path: Path, required: Sequence[str]) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """The header and arrays that `write_npz` wrote; ValueError for another or a damaged file."""
-    import zipfile
-
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -275,8 +279,11 @@ def read_npz(path: Path, required: Sequence[str]) -> tuple[dict[str, Any], dict[
             raise ValueError(f"its version is {header['version']}, this is version {CACHE_VERSION}")
         if missing := [name for name in required if name not in arrays]:
             raise ValueError(f"it holds no {missing[0]}")
+        for name, kind in HEADER_FIELDS.items():
+            if not isinstance(header.get(name), kind):
+                raise ValueError(f"its header holds no {kind.__name__} {name}")
     except FileNotFoundError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, SyntaxError, *READ_ERRORS) as error:
         raise ValueError(f"path: {path} is no readable cache: {error}") from error
     return header, arrays

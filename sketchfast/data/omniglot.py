@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..ops._contract import check_integer
 from .archive import READ_ERRORS, Tree, ZipTree, existing_path, layout_error, open_tree
 from .dataset import LabelledImages, StrokeDataset, add_counts, track
 from .strokes import Sketch, from_strokes
@@ -132,6 +133,10 @@ def _listed_classes(path: Path) -> dict[str, list[int]]:
     return wanted
 
 
+def _check_size(size: int | None) -> int | None:
+    return None if size is None else check_integer("size", size, 1)
+
+
 def load_omniglot(
     root: str | Path,
     *,
@@ -155,8 +160,10 @@ def load_omniglot(
     split.
     """
     path = existing_path(root)
-    if size is not None and size < 1:
-        raise ValueError(f"size must be at least 1 or None, got {size}")
+    size = _check_size(size)
+    seed = check_integer("seed", seed, 0)
+    if not isinstance(split, (str, Path)):
+        raise TypeError(f"split must be a str or Path, got the {type(split).__name__} {split!r}")
     listed = None
     if split not in SPLITS:
         if not Path(split).is_file():
@@ -331,6 +338,7 @@ def load_omniglot_pairs(root: str | Path, *, size: int | None = 28, progress: bo
     stay pixels of the full 105 x 105 image, whatever `size`.
     """
     path = existing_path(root)
+    size = _check_size(size)
     strokes = load_omniglot_strokes(path, progress=progress)
     skipped: dict[str, int] = {}
     with ExitStack() as stack:

@@ -10,15 +10,15 @@ style) alone, so a drawing is the same whichever others are made with it.
 from __future__ import annotations
 
 import colorsys
-import operator
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
+from ..ops._contract import check_integer
 from .dataset import StrokeDataset, class_index
 from .procedural_shapes import LINE, SHAPES, Draw, Part, Points
 from .strokes import Sketch
@@ -66,6 +66,7 @@ class DrawingStyle:
 
 def drawing_style(style: int, seed: int = 0) -> DrawingStyle:
     """The drawing style numbered `style`; number 0 is the exact one, which draws the object as it is."""
+    style, seed = check_integer("style", style, 0), _check_seed(seed)
     if style == 0:
         return DrawingStyle()
     u = _rng(seed, _STREAM_STYLE, "", 0, style).random(11).tolist()
@@ -91,9 +92,12 @@ def _parts(class_name: str, instance: int, seed: int) -> list[Part]:
 def draw_instance(class_name: str, instance: int, style: int = 0, seed: int = 0) -> Sketch:
     """One drawing: instance `instance` of a class in drawing style `style`; coordinates in 0..256, y down."""
     _check_class(class_name)
-    return _draw(
-        class_name, _index("instance", instance), _index("style", style), drawing_style(style, seed), seed
+    instance, style, seed = (
+        check_integer("instance", instance, 0),
+        check_integer("style", style, 0),
+        _check_seed(seed),
     )
+    return _draw(class_name, instance, style, drawing_style(style, seed), seed)
 
 
 def _draw(class_name: str, instance: int, style: int, hand: DrawingStyle, seed: int) -> Sketch:
@@ -206,8 +210,7 @@ def procedural(
     names = _class_names(classes)
     instance_ids = _numbers("instances", instances)
     style_ids = _numbers("styles", styles)
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed must be in [0, 2^64), got {seed}")
+    seed = _check_seed(seed)
     hands = [drawing_style(style, seed) for style in style_ids]
     sketches = [
         _draw(name, instance, style, hand, seed)
@@ -233,26 +236,19 @@ def _class_names(classes: int | Sequence[str] | None) -> list[str]:
         return list(CLASSES)
     if isinstance(classes, str):
         raise TypeError(f"classes must be a number or a sequence of names, got the str {classes!r}")
-    if isinstance(classes, int):
-        if not 1 <= classes <= len(CLASSES):
-            raise ValueError(f"classes must be in [1, {len(CLASSES)}], got {classes}")
-        return list(CLASSES[:classes])
+    if not isinstance(classes, Iterable):
+        return list(CLASSES[: check_integer("classes", classes, 1, len(CLASSES))])
     return [CLASSES[class_index(CLASSES, name)] for name in classes]
 
 
 def _numbers(name: str, given: int | Sequence[int]) -> list[int]:
-    if isinstance(given, int):
-        if given < 1:
-            raise ValueError(f"{name} must be at least 1, got {given}")
-        return list(range(given))
-    return [_index(name, number) for number in given]
+    if not isinstance(given, Iterable):
+        return list(range(check_integer(name, given, 1)))
+    return [check_integer(name, number, 0) for number in given]
 
 
-def _index(name: str, number: int) -> int:
-    value = operator.index(number)
-    if value < 0:
-        raise ValueError(f"{name} must be >= 0, got {value}")
-    return value
+def _check_seed(seed: int) -> int:
+    return check_integer("seed", seed, 0, (1 << 64) - 1)
 
 
 def _check_class(class_name: str) -> None:
@@ -270,9 +266,9 @@ def photo(class_name: str, instance: int, size: int = 224, seed: int = 0) -> NDA
     nothing of its class. Raises ValueError for an unknown class or size < 8.
     """
     _check_class(class_name)
-    if size < 8:
-        raise ValueError(f"size must be at least 8, got {size}")
-    parts = _parts(class_name, _index("instance", instance), seed)
+    instance, seed = check_integer("instance", instance, 0), _check_seed(seed)
+    size = check_integer("size", size, 8)
+    parts = _parts(class_name, instance, seed)
     rng = _rng(seed, _STREAM_PHOTO, class_name, instance)
     large = 2 * size  # drawn at twice the size, for smooth edges
     ground = _ground(large, rng)

@@ -13,7 +13,7 @@ import re
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path, PurePosixPath
@@ -23,6 +23,7 @@ from urllib.parse import unquote
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ops._contract import check_integer
 from .archive import READ_ERRORS, Tree, ZipTree, existing_path, layout_error, open_tree
 from .dataset import LabelledImages, StrokeDataset, add_counts, class_index, ranges, track
 from .safe_pickle import UnsafePickleError, load_npy
@@ -327,8 +328,9 @@ def class_split(names: Sequence[str], train: int = 300, seed: int = 0) -> tuple[
     Depends on the set of names and the seed only, not on their order; both lists are sorted. Which 300 the
     paper picked is not published.
     """
-    ordered = sorted(set(names))
-    if not 0 <= train <= len(ordered):
+    train, seed = check_integer("train", train, 0), check_integer("seed", seed, 0)
+    ordered = sorted(set(_names("names", names)))
+    if train > len(ordered):
         raise ValueError(f"train must be in [0, {len(ordered)}] for {len(ordered)} classes, got {train}")
     picked = np.random.default_rng(seed).permutation(len(ordered))[:train]
     seen = {ordered[i] for i in picked}
@@ -349,12 +351,17 @@ class _ClassFile(NamedTuple):
     class_name: str
 
 
-def _class_files(stack: ExitStack, root: Path, formats: Sequence[str], expected: str) -> list[_ClassFile]:
-    """The class files under root; where there are none, those in the zips under root."""
+def _class_files(
+    stack: ExitStack, root: Path, formats: Sequence[str], expected: str, skipped: dict[str, int]
+) -> list[_ClassFile]:
+    """The class files under root; where there are none, those in the zips under root.
+
+    Of these, broken ones are counted in `skipped`, unless none can be opened.
+    """
     top = stack.enter_context(open_tree(root))
     trees = [top]
     if not any(PurePosixPath(n).suffix[1:] in formats for n in top.names) and not isinstance(top, ZipTree):
-        trees = [stack.enter_context(ZipTree(root / n)) for n in top.names if n.lower().endswith(".zip")]
+        trees = _open_zips(stack, [root / n for n in top.names if n.lower().endswith(".zip")], skipped)
     files = [
         _ClassFile(tree, name, PurePosixPath(name).suffix[1:], class_of_file(name))
         for tree in trees
@@ -364,6 +371,19 @@ def _class_files(stack: ExitStack, root: Path, formats: Sequence[str], expected:
     if not files:
         raise layout_error(root, expected, top.names)
     return files
+
+
+def _open_zips(stack: ExitStack, paths: list[Path], skipped: dict[str, int]) -> list[Tree]:
+    """The zips that can be opened, the others counted; if all are broken, the last one's error."""
+    trees: list[Tree] = []
+    for path in paths:
+        try:
+            trees.append(stack.enter_context(ZipTree(path)))
+        except ValueError:
+            if path == paths[-1] and not trees:
+                raise
+            add_counts(skipped, {BROKEN_FILE: 1})
+    return trees
 
 
 def _pick_format(files: list[_ClassFile], wanted: str | None, root: Path) -> tuple[str, list[_ClassFile]]:
@@ -390,15 +410,22 @@ def _wanted_files(files: list[_ClassFile], classes: Sequence[str] | None) -> lis
     ordered = sorted(files, key=lambda f: f.class_name)
     if classes is None:
         return ordered
-    if isinstance(classes, str):
-        raise TypeError(f"classes must be a sequence of names, got the str {classes!r}")
     names = [f.class_name for f in ordered]
     return [ordered[class_index(names, c)] for c in dict.fromkeys(classes)]
 
 
-def _check_limit(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name} must be at least 1 or None, got {value}")
+def _names(name: str, value: Any) -> list[str]:
+    """`value` as a list of str, or TypeError."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence of names, got the {type(value).__name__} {value!r}")
+    names = list(value)
+    if wrong := [item for item in names if not isinstance(item, str)]:
+        raise TypeError(f"{name} must be names, got the {type(wrong[0]).__name__} {wrong[0]!r} among them")
+    return names
+
+
+def _check_limit(name: str, value: int | None) -> int | None:
+    return None if value is None else check_integer(name, value, 1)
 
 
 def load_quickdraw(
@@ -429,8 +456,9 @@ def load_quickdraw(
     classes or splits, UnsafePickleError for an `.npz` that pickles anything but numbers.
     """
     path = existing_path(root)
-    _check_limit("per_class", per_class)
-    _check_limit("max_points", max_points)
+    classes = None if classes is None else _names("classes", classes)
+    per_class, max_points = _check_limit("per_class", per_class), _check_limit("max_points", max_points)
+    seed = check_integer("seed", seed, 0)
     if split not in (None, *CLASS_SPLITS, *NPZ_SPLITS):
         known = ", ".join(CLASS_SPLITS + NPZ_SPLITS)
         raise ValueError(f"split must be one of {known} or None, got {split!r}")
@@ -438,7 +466,9 @@ def load_quickdraw(
         raise ValueError(f"file_format must be one of {', '.join(FORMATS)} or None, got {file_format!r}")
     _choose(impl)  # an impl that cannot run is the caller's error, not the files'
     with ExitStack() as stack:
-        chosen, files = _pick_format(_class_files(stack, path, FORMATS, EXPECTED), file_format, path)
+        skipped: dict[str, int] = {}
+        found = _class_files(stack, path, FORMATS, EXPECTED, skipped)
+        chosen, files = _pick_format(found, file_format, path)
         if split in NPZ_SPLITS and chosen != "npz":
             raise ValueError(f"split {split!r} exists in .npz files only, {path} holds .{chosen}")
         if split in CLASS_SPLITS:
@@ -448,7 +478,6 @@ def load_quickdraw(
             files = [f for f in files if f.class_name in inside]
         files = _wanted_files(files, classes)
         parse = _parser(chosen, split if split in NPZ_SPLITS else None, impl)
-        skipped: dict[str, int] = {}
         chunks = [
             _pick(_parse_file(file, parse, skipped), max_points, per_class, seed, file.class_name, skipped)
             for file in track(files, "QuickDraw", progress)
@@ -533,12 +562,13 @@ def load_quickdraw_bitmaps(
     Arguments and errors as in `load_quickdraw`; a broken file is counted in `skipped`.
     """
     path = existing_path(root)
-    _check_limit("per_class", per_class)
+    classes = None if classes is None else _names("classes", classes)
+    per_class, seed = _check_limit("per_class", per_class), check_integer("seed", seed, 0)
     with ExitStack() as stack:
-        found = _class_files(stack, path, ("npy",), EXPECTED_BITMAPS)
+        skipped: dict[str, int] = {}
+        found = _class_files(stack, path, ("npy",), EXPECTED_BITMAPS, skipped)
         _refuse_duplicates(found, path)
         files = _wanted_files(found, classes)
-        skipped: dict[str, int] = {}
         chunks = list(_bitmaps(track(files, "QuickDraw", progress), per_class, seed, skipped))
     return LabelledImages(
         images=np.concatenate([np.zeros((0, 28, 28), np.uint8), *chunks]),
@@ -555,7 +585,7 @@ def _bitmaps(
     """The bitmaps of each class, none for a broken file."""
     for file in files:
         try:
-            images = np.load(io.BytesIO(file.tree.read(file.name)), allow_pickle=False)
+            images = load_npy(file.tree.read(file.name))
             if images.ndim != 2 or images.shape[1] != 784 or images.dtype != np.uint8:
                 raise ValueError(f"{file.name} must be uint8 [N, 784]")
         except (ValueError, *READ_ERRORS):

@@ -2,12 +2,13 @@
 
 A pickle may name any callable. This unpickler admits only what numeric numpy arrays, scalars and object
 arrays of them are made of, and even these names lead to small stand-ins that check the state before numpy
-sees it: no code of the pickle's choosing runs, and no array is larger than the bytes that came with it.
+sees it: no code of the pickle's choosing runs, and all arrays together are no larger than the pickle.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,8 @@ class _Dtype:
 
     def __init__(self, code: Any, *_flags: Any) -> None:
         code = code.decode("ascii", "replace") if isinstance(code, bytes) else code
+        if not isinstance(code, str):  # hash and repr of nested tuples could take for ever
+            raise UnsafePickleError("pickle holds a dtype that is not named by a code")
         if code not in _NUMERIC and code not in ("O8", "O4", "O"):
             raise UnsafePickleError(f"pickle holds an array of dtype {code!r}, only numeric ones are read")
         self.code: str = code
@@ -36,7 +39,7 @@ class _Dtype:
         order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
         order = order.decode("ascii", "replace") if isinstance(order, bytes) else order
         if order not in ("<", ">", "=", "|"):
-            raise UnsafePickleError(f"pickle holds a dtype of byte order {order!r}")
+            raise UnsafePickleError("pickle holds a dtype of unknown byte order")
         self.order = order
 
     @property
@@ -48,37 +51,35 @@ class _Dtype:
 
 
 class _Array:
-    """Stand-in for numpy.ndarray: checks shape against data when its state arrives."""
+    """Stand-in for numpy.ndarray: checks shape against data when its state arrives.
 
-    value: NDArray[Any]
+    flat: the values, a view of the pickle's bytes, or a list of objects still to be resolved.
+    """
 
     def __init__(self, *_args: Any) -> None:
-        self.value = np.zeros(0)
+        self.flat: NDArray[Any] | list[Any] = np.zeros(0)
+        self.shape: tuple[int, ...] = (0,)
+        self.fortran = False
 
     def __setstate__(self, state: Any) -> None:
         if not (isinstance(state, tuple) and len(state) == 5):
             raise UnsafePickleError("pickle holds an array with an unknown state")
         _version, shape, dtype, fortran, data = state
-        if (
-            not isinstance(shape, tuple)
-            or not all(type(n) is int and n >= 0 for n in shape)
-            or len(shape) > 8
-        ):
-            raise UnsafePickleError(f"pickle holds an array of shape {shape!r}")
+        if not (isinstance(shape, tuple) and len(shape) <= 8 and all(type(n) is int for n in shape)):
+            raise UnsafePickleError("pickle holds an array whose shape is no tuple of at most 8 integers")
+        if min(shape, default=0) < 0:
+            raise UnsafePickleError(f"pickle holds an array of shape {shape}")
         if not isinstance(dtype, _Dtype):
             raise UnsafePickleError("pickle holds an array without a dtype")
-        count = int(np.prod(shape, dtype=object))
         if dtype.is_object:
-            if not isinstance(data, list) or len(data) != count:
-                raise UnsafePickleError("pickle holds an object array whose size is not its shape's")
-            flat: NDArray[Any] = np.empty(count, dtype=object)
-            for i, item in enumerate(data):
-                flat[i] = _resolve(item)
+            if not isinstance(data, list):
+                raise UnsafePickleError("pickle holds an object array without a list of objects")
+            self.flat = data
         else:
-            flat = np.frombuffer(_as_bytes(data), dtype=dtype.numpy()).copy()
-            if len(flat) != count:
-                raise UnsafePickleError(f"pickle holds {len(flat)} values for an array of shape {shape}")
-        self.value = flat.reshape(shape, order="F" if fortran else "C")
+            self.flat = np.frombuffer(_as_bytes(data), dtype=dtype.numpy())
+        if len(self.flat) != math.prod(shape):
+            raise UnsafePickleError(f"pickle holds {len(self.flat)} values for an array of shape {shape}")
+        self.shape, self.fortran = shape, bool(fortran)
 
 
 def _as_bytes(data: Any) -> bytes:
@@ -89,17 +90,41 @@ def _as_bytes(data: Any) -> bytes:
         raise UnsafePickleError("pickle holds an array whose data are not bytes") from None
 
 
-def _resolve(item: Any) -> Any:
-    """A plain value out of a stand-in."""
-    if isinstance(item, _Array):
-        return item.value
-    if item is None or isinstance(item, (bool, int, float, str, bytes, np.generic)):
-        return item
-    if isinstance(item, (list, tuple)):
-        return type(item)(_resolve(i) for i in item)
-    if isinstance(item, dict):
-        return {_resolve(k): _resolve(v) for k, v in item.items()}
-    raise UnsafePickleError(f"pickle holds a {type(item).__name__}, only numeric arrays are read")
+class _Resolver:
+    """Turns what was unpickled into plain values: each object once, however often the pickle refers to it."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size  # array bytes (or objects) that a pickle of `size` bytes may still hold
+        self._resolved: dict[int, Any] = {}  # by id: the unpickled value keeps every object alive meanwhile
+
+    def resolve(self, item: Any) -> Any:
+        if item is None or isinstance(item, (bool, int, float, str, bytes, np.generic)):
+            return item
+        if id(item) not in self._resolved:
+            self._resolved[id(item)] = self._resolve_container(item)
+        return self._resolved[id(item)]
+
+    def _resolve_container(self, item: Any) -> Any:
+        if isinstance(item, _Array):
+            return self._array(item)
+        if isinstance(item, (list, tuple)):
+            return type(item)(self.resolve(i) for i in item)
+        if isinstance(item, dict):
+            return {self.resolve(k): self.resolve(v) for k, v in item.items()}
+        raise UnsafePickleError(f"pickle holds a {type(item).__name__}, only numeric arrays are read")
+
+    def _array(self, array: _Array) -> NDArray[Any]:
+        values = array.flat
+        self._left -= len(values) if isinstance(values, list) else values.nbytes
+        if self._left < 0:
+            raise UnsafePickleError("pickle holds arrays that are larger than itself")
+        if isinstance(values, list):
+            flat: NDArray[Any] = np.empty(math.prod(array.shape), dtype=object)
+            for i, item in enumerate(values):
+                flat[i] = self.resolve(item)
+        else:
+            flat = values.copy()
+        return flat.reshape(array.shape, order="F" if array.fortran else "C")
 
 
 def _scalar(dtype: Any, data: Any = b"") -> np.generic:
@@ -130,16 +155,31 @@ def _empty_bytes(*args: Any) -> bytes:
     return b""
 
 
+class _Function:
+    """A stand-in function that a pickle can call but not set attributes of, as BUILD may on a plain one."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise UnsafePickleError("pickle sets the state of a function")
+
+
 _ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _latin1,
-    ("builtins", "bytes"): _empty_bytes,
-    ("__builtin__", "bytes"): _empty_bytes,
+    ("_codecs", "encode"): _Function(_latin1),
+    ("builtins", "bytes"): _Function(_empty_bytes),
+    ("__builtin__", "bytes"): _Function(_empty_bytes),
 }
 for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    _ADMITTED[_module, "_reconstruct"] = _reconstruct
-    _ADMITTED[_module, "scalar"] = _scalar
+    _ADMITTED[_module, "_reconstruct"] = _Function(_reconstruct)
+    _ADMITTED[_module, "scalar"] = _Function(_scalar)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -158,11 +198,24 @@ def load_arrays(data: bytes) -> Any:
     Raises UnsafePickleError where it asks for anything else, pickle.UnpicklingError where it is broken.
     """
     try:
-        return _resolve(_ArrayUnpickler(io.BytesIO(data), encoding="latin1").load())
+        return _Resolver(len(data)).resolve(_ArrayUnpickler(io.BytesIO(data), encoding="latin1").load())
     except pickle.UnpicklingError:
         raise
     except Exception as error:  # a broken pickle may raise anything from its stack machine
         raise pickle.UnpicklingError(f"pickle is broken: {type(error).__name__}: {error}") from error
+
+
+def _read_npy_header(stream: io.BytesIO) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype; leaves the stream where the data begin."""
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(stream)
+    if version not in read_header:
+        raise ValueError(f"npy version {version} is not read")
+    try:
+        shape, _fortran, dtype = read_header[version](stream)
+    except Exception as error:  # numpy parses the header as Python: a broken one may raise anything
+        raise ValueError(f"npy header is broken: {type(error).__name__}: {error}") from error
+    return shape, dtype
 
 
 def load_npy(data: bytes) -> NDArray[Any]:
@@ -171,12 +224,12 @@ def load_npy(data: bytes) -> NDArray[Any]:
     Raises UnsafePickleError as `load_arrays`, ValueError for a broken file.
     """
     stream = io.BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in read_header:
-        raise ValueError(f"npy version {version} is not read")
-    _shape, _fortran, dtype = read_header[version](stream)
+    shape, dtype = _read_npy_header(stream)
     if not dtype.hasobject:
+        # Before numpy allocates by the header's word.
+        expected, present = math.prod(shape) * dtype.itemsize, len(data) - stream.tell()
+        if dtype.itemsize == 0 or expected != present:
+            raise ValueError(f"npy holds {present} bytes, its header calls for {expected} of dtype {dtype}")
         stream.seek(0)
         return np.lib.format.read_array(stream, allow_pickle=False)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
+import struct
 import zipfile
 
 import numpy as np
@@ -13,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sketch_strategies import assert_same, sketches
 
+from sketchfast.data import safe_pickle
 from sketchfast.data.archive import LayoutError, layout_error, open_tree
-from sketchfast.data.dataset import LabelledImages, StrokeDataset
+from sketchfast.data.dataset import LabelledImages, StrokeDataset, write_npz
+from sketchfast.data.prepare import cache_path, load_prepared
 from sketchfast.data.safe_pickle import UnsafePickleError, load_arrays, load_npy
 from sketchfast.data.strokes import make_sketch
 
@@ -107,6 +110,49 @@ def test_damaged_caches_are_refused(tmp_path):
         StrokeDataset.load(tmp_path / "none.npz")
 
 
+@pytest.mark.parametrize("field", ["class_names", "skipped", "info"])
+@pytest.mark.parametrize("wrong", [{}, 3])
+def test_cache_without_a_header_field_is_refused(tmp_path, field, wrong):
+    header = {"version": 1, "class_names": ["a"], "skipped": {}, "info": {}}
+    if wrong:
+        header[field] = wrong
+    else:
+        del header[field]
+    arrays = {"images": np.zeros((1, 2, 2), np.uint8), "labels": np.zeros(1, np.int64)}
+    write_npz(tmp_path / "c.npz", header, **arrays)
+    with pytest.raises(ValueError, match=rf"c\.npz is no readable cache: its header holds no .* {field}"):
+        LabelledImages.load(tmp_path / "c.npz")
+
+
+def test_inconsistent_or_oversized_caches_are_refused(tmp_path):
+    path = tmp_path / "c.npz"
+    ds = dataset([make_sketch([[0, 0], [1, 1]], [1, 0])])
+    for name, values in [("labels", np.array([7])), ("labels", np.array(0)), ("points", np.zeros((3, 2)))]:
+        broken = dataset([make_sketch([[0, 0], [1, 1]], [1, 0])])
+        setattr(broken, name, values)
+        broken.save(path)
+        with pytest.raises(ValueError, match=r"c\.npz is no readable cache"):
+            StrokeDataset.load(path)
+    ds.save(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        header = repr({"descr": "<f8", "fortran_order": False, "shape": (10**12, 3)}) + "\n"
+        archive.writestr(
+            "extra_x.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode()
+        )
+    with pytest.raises(ValueError, match=r"c\.npz is no readable cache"):
+        StrokeDataset.load(path)
+
+
+def test_damaged_prepared_cache_is_passed_over(tmp_path):
+    write_npz(
+        cache_path("quickdraw", tmp_path),
+        {"version": 1},
+        **{name: getattr(dataset([]), name) for name in ("points", "pen_down", "offsets", "labels")},
+    )
+    with pytest.warns(RuntimeWarning, match="cache passed over: .* is no readable cache"):
+        assert load_prepared("quickdraw", tmp_path) is None
+
+
 def test_select_classes_relabels():
     assert len(dataset([]).select_classes(["b"])) == 0
     items = [make_sketch([[i, i]], [0]) for i in range(6)]
@@ -188,15 +234,18 @@ class _Call:
         return self.call
 
 
+class _Reconstructed:
+    """Pickles as an array with the given state, as numpy would write it."""
+
+    def __init__(self, state: tuple):
+        self.state = state
+
+    def __reduce__(self):
+        return np.zeros(1).__reduce__()[0], (np.ndarray, (0,), b"b"), self.state
+
+
 def _reconstructed(state: tuple) -> bytes:
-    """A pickle of an array with the given state, as numpy would write it."""
-
-    class Fake:
-        def __reduce__(self):
-            reconstruct = np.zeros(1).__reduce__()[0]
-            return reconstruct, (np.ndarray, (0,), b"b"), state
-
-    return pickle.dumps(Fake(), 2)
+    return pickle.dumps(_Reconstructed(state), 2)
 
 
 FLOAT = np.dtype("f8")
@@ -223,6 +272,69 @@ HOSTILE = {
 def test_hostile_pickles_are_refused(name):
     with pytest.raises(UnsafePickleError):
         load_arrays(HOSTILE[name])
+
+
+def _nested(container: type, levels: int):
+    """A container of 10 times the same container of 10 ..., which pickles to 25 bytes a level."""
+    value = container([0] * 10)
+    for _ in range(levels):
+        value = container([value] * 10)
+    return value
+
+
+@pytest.mark.parametrize("container", [list, tuple])
+def test_shared_objects_are_resolved_once(container):
+    """Following every reference takes 10^(levels + 1) steps: for ever, with a few levels more than here."""
+    nested = _nested(container, 5)
+    rows = np.empty(2, object)
+    rows[:] = [{"a": nested}, {"a": nested}]
+    for back in (
+        load_arrays(pickle.dumps([nested, nested])),
+        [row["a"] for row in load_arrays(rows.dumps())],
+    ):
+        assert back[0] == nested
+        assert back[0] is back[1]
+        assert back[0][0] is back[1][9]
+
+
+def test_object_that_holds_itself_is_refused():
+    loop: list = []
+    loop.append(loop)
+    with pytest.raises(pickle.UnpicklingError):
+        load_arrays(pickle.dumps(loop))
+
+
+def test_hostile_states_are_not_shown_in_full():
+    """The repr of a nested tuple is as long as the tuple is large, its hash takes as long."""
+    nested = _nested(tuple, 6)
+    for blob in (
+        _reconstructed((1, nested, FLOAT, False, b"")),
+        pickle.dumps(_Call(np.dtype, nested), 2),
+    ):
+        with pytest.raises(UnsafePickleError) as caught:
+            load_arrays(blob)
+        assert len(str(caught.value)) < 200
+
+
+def test_arrays_that_share_their_data_are_no_larger_than_the_pickle():
+    shared = b"a" * 1000
+    arrays = [_Reconstructed((1, (1000,), np.dtype("u1"), False, shared)) for _ in range(50)]
+    with pytest.raises(UnsafePickleError, match="larger than itself"):
+        load_arrays(pickle.dumps(arrays, 4))
+    objects = [_Reconstructed((1, (1000,), np.dtype(object), False, [0] * 1000)) for _ in range(3)]
+    assert len(load_arrays(pickle.dumps(objects, 4))) == 3
+
+
+@pytest.mark.parametrize("function", ["_codecs encode", "builtins bytes", "numpy.core.multiarray scalar"])
+def test_a_pickle_cannot_change_the_stand_ins(function):
+    module, name = function.split()
+    stand_in = safe_pickle._ADMITTED[module, name]
+    inner = getattr(stand_in, "_function", stand_in)
+    before = inner.__defaults__, dict(inner.__dict__)
+    for state in (b"N}X\x0c\0\0\0__defaults__)s\x86", b"}X\x01\0\0\0aK\x01s"):  # (None, slots), __dict__
+        with pytest.raises(UnsafePickleError, match="sets the state of a function"):
+            load_arrays(b"\x80\x02c%b\n%b\n%bb." % (module.encode(), name.encode(), state))
+    assert (inner.__defaults__, inner.__dict__) == before
 
 
 @given(st.data())

@@ -147,7 +147,11 @@ def test_broken_files_are_counted(folder):
     ("arguments", "error", "message"),
     [
         ({"split": "train"}, ValueError, "split must be one of background"),
+        ({"split": 3}, TypeError, "split must be a str or Path, got the int 3"),
         ({"size": 0}, ValueError, "size must be at least 1"),
+        ({"size": True}, TypeError, "size must be an integer, got True"),
+        ({"size": "28"}, TypeError, "size must be an integer, got '28'"),
+        ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
         ({"root": "nowhere"}, FileNotFoundError, "nowhere does not exist"),
         ({"root": "empty"}, LayoutError, r"Expected:\n  <root>/images_background\.zip"),
     ],
@@ -163,6 +167,12 @@ def test_bad_calls(folder, tmp_path, monkeypatch, arguments, error, message):
             O.load_omniglot(folder, split="vinyals-test")
         with pytest.raises(LayoutError, match="strokes_background_small1"):
             O.load_omniglot_strokes(folder / "moved")
+
+
+@pytest.mark.parametrize(("size", "error"), [(28.0, TypeError), (-1, ValueError)])
+def test_bad_size_of_pairs(folder, size, error):
+    with pytest.raises(error, match="size must be"):
+        O.load_omniglot_pairs(folder, size=size)
 
 
 def test_list_file_errors(folder, tmp_path):

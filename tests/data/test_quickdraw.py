@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import pickle
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from sketchfast.data import quickdraw as Q
 from sketchfast.data.archive import LayoutError
-from sketchfast.data.safe_pickle import UnsafePickleError
+from sketchfast.data.safe_pickle import UnsafePickleError, load_npy
 
 IMPLS = ["python", "native"]
 CAT = [[[0, 10, 255], [5, 5, 0]], [[7], [8]]]
@@ -335,6 +336,90 @@ def test_broken_files_are_counted(folder):
     assert ds.skipped == {Q.BROKEN_FILE: 1, Q.MALFORMED: 1}
 
 
+def npy(header: str, data: bytes = b"") -> bytes:
+    """An `.npy` file with this text for a header."""
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + data
+
+
+def npy_header(descr: str, shape: tuple[int, ...]) -> str:
+    return repr({"descr": descr, "fortran_order": False, "shape": shape}) + "\n"
+
+
+def npz_of(member: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        archive.writestr("train.npy", member)
+    return buffer.getvalue()
+
+
+BROKEN_NPY = {
+    "memory": npy(npy_header("<i2", (10**12, 3))),
+    "overflow": npy(npy_header("<f8", (10**30,))),
+    "unterminated": npy("{'descr':'<f8"),
+    "indented": npy("  1\n 2L"),
+    "no dtype": npy(npy_header("spam", (3,))),
+    "no size": npy(npy_header("|V0", (10**9,))),
+    "negative": npy(npy_header("|u1", (-1, 784))),
+    "short": npy(npy_header("|u1", (3, 784)), bytes(3 * 784 - 1)),
+    "an npz": npz_of(b""),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_NPY)
+def test_broken_npy_is_counted_beside_a_good_one(tmp_path, name):
+    (tmp_path / "cat.npz").write_bytes(npz(train=[[[0, 0, 0], [1, 1, 1]]]))
+    (tmp_path / "dog.npz").write_bytes(npz_of(BROKEN_NPY[name]))
+    ds = Q.load_quickdraw(tmp_path)
+    np.testing.assert_array_equal(ds.labels, [0])
+    assert ds.skipped == {Q.BROKEN_FILE: 1}
+    np.save(tmp_path / "cat.npy", np.zeros((2, 784), np.uint8))
+    (tmp_path / "dog.npy").write_bytes(BROKEN_NPY[name])
+    images = Q.load_quickdraw_bitmaps(tmp_path)
+    np.testing.assert_array_equal(images.labels, [0, 0])
+    assert images.skipped == {Q.BROKEN_FILE: 1}
+
+
+def test_npy_is_measured_before_numpy_reads_it(monkeypatch):
+    """numpy takes 5 s for 10^9 elements without size, and may get the memory for some that are not there."""
+    monkeypatch.setattr(np.lib.format, "read_array", None)
+    for name in ("memory", "no size"):
+        with pytest.raises(ValueError, match="its header calls for"):
+            load_npy(BROKEN_NPY[name])
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+@given(data=st.data())
+def test_mangled_npz_is_read_or_refused(compression, data):
+    whole = npz(train=[[[0, 0, 0], [1, 1, 1]]] * 3)
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        blob = bytearray(npz_of(archive.read("train.npy"), compression))
+    for _ in range(data.draw(st.integers(1, 3))):
+        blob[data.draw(st.integers(0, len(blob) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(ValueError):
+        Q.parse_npz(bytes(blob))
+
+
+def test_damaged_lzma_member_is_counted(tmp_path):
+    blob = bytearray(npz_of(bytes(1000), zipfile.ZIP_LZMA))
+    start = 30 + len("train.npy")
+    blob[start : start + 9] = b"\x09\x04\x05\x00" + b"\xff" * 5  # filter properties no LZMA has
+    (tmp_path / "dog.npz").write_bytes(blob)
+    (tmp_path / "cat.npz").write_bytes(npz(train=[[[0, 0, 0], [1, 1, 1]]]))
+    ds = Q.load_quickdraw(tmp_path)
+    assert (len(ds), ds.skipped) == (1, {Q.BROKEN_FILE: 1})
+
+
+@pytest.mark.parametrize("broken", ["a.zip", "z.zip"])
+def test_broken_zip_is_counted_beside_a_good_one(folder, tmp_path_factory, broken):
+    other = tmp_path_factory.mktemp("zips")
+    (other / broken).write_bytes(b"no zip")
+    with pytest.raises(ValueError, match="is not a readable zip archive"):
+        Q.load_quickdraw(other)
+    zipped(folder, other / "good.zip")
+    ds = Q.load_quickdraw(other)
+    assert (len(ds), ds.skipped) == (6, {Q.BROKEN_FILE: 1})
+
+
 class _Exploit:
     def __reduce__(self):
         return eval, ("__import__('pathlib').Path('/tmp/sketchfast_was_owned').touch()",)
@@ -381,6 +466,7 @@ def _bad(folder: Path, case: str):
         "class": lambda: Q.load_quickdraw(folder, classes=["cta"]),
         "class str": lambda: Q.load_quickdraw(folder, classes="cat"),
         "per_class": lambda: Q.load_quickdraw(folder, per_class=0),
+        "max_points": lambda: Q.load_quickdraw(folder, max_points=64.0),
         "split": lambda: Q.load_quickdraw(folder, split="all"),
         "npz split": lambda: Q.load_quickdraw(folder, split="train"),
         "format": lambda: Q.load_quickdraw(folder, file_format="csv"),
@@ -401,6 +487,7 @@ def _bad(folder: Path, case: str):
         ("class", ValueError, "classes must be among the 3 found .cat.*got 'cta'"),
         ("class str", TypeError, "classes must be a sequence"),
         ("per_class", ValueError, "per_class must be at least 1"),
+        ("max_points", TypeError, "max_points must be an integer, got 64.0"),
         ("split", ValueError, "split must be one of seen, unseen"),
         ("npz split", ValueError, r"split 'train' exists in \.npz files only"),
         ("format", ValueError, "file_format must be one of"),
@@ -411,6 +498,46 @@ def _bad(folder: Path, case: str):
 def test_bad_calls(folder, case, error, message):
     with pytest.raises(error, match=message):
         _bad(folder, case)
+
+
+@pytest.mark.parametrize("load", [Q.load_quickdraw, Q.load_quickdraw_bitmaps])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"per_class": 1.5}, TypeError, "per_class must be an integer, got 1.5"),
+        ({"per_class": True}, TypeError, "per_class must be an integer, got True"),
+        ({"per_class": "3"}, TypeError, "per_class must be an integer, got '3'"),
+        ({"seed": "3"}, TypeError, "seed must be an integer, got '3'"),
+        ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ({"classes": 3}, TypeError, "classes must be a sequence of names, got the int 3"),
+        ({"classes": ["cat", 3]}, TypeError, "classes must be names, got the int 3 among them"),
+    ],
+)
+def test_arguments_are_checked_before_any_file_is_read(tmp_path, load, arguments, error, message):
+    with pytest.raises(error, match=message):  # not the LayoutError of an empty folder
+        load(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"train": 1.5}, TypeError, "train must be an integer, got 1.5"),
+        ({"train": -1}, ValueError, "train must be at least 0"),
+        ({"seed": 0.5}, TypeError, "seed must be an integer, got 0.5"),
+        ({"names": "cat"}, TypeError, "names must be a sequence of names, got the str 'cat'"),
+    ],
+)
+def test_bad_class_splits(arguments, error, message):
+    with pytest.raises(error, match=message):
+        Q.class_split(**{"names": ["a", "b"], "train": 1, **arguments})
+
+
+def test_classes_may_come_from_any_iterable(folder):
+    assert Q.load_quickdraw(folder, classes=(name for name in ("dog", "cat"))).class_names == ["dog", "cat"]
+
+
+def test_numpy_integers_are_integers(folder):
+    assert len(Q.load_quickdraw(folder, per_class=np.int64(1), seed=np.uint8(3))) == 3
 
 
 def test_class_split():
