@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as functional
+from harness import SMOKE
 
 import sketchfast as sf
 from sketchfast.testing import available_impls, devices, random_strokes
-
-from .conftest import SMOKE
 
 #: name -> (batch, steps, side, batch at which the eager form fits in memory)
 SIZES = {

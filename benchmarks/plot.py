@@ -9,16 +9,16 @@ hardware and commit).
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
+logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it names each font a machine lacks
 import matplotlib.pyplot as plt
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.conftest import format_table, read_results
+from harness import format_table, read_results
 
 
 def plot_ratios(rows: list[dict], path: Path) -> None:
