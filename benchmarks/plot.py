@@ -16,7 +16,6 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it names each font a machine lacks
 import matplotlib.pyplot as plt
 from harness import format_table, read_results
 
@@ -56,6 +55,7 @@ def main() -> None:
     parser.add_argument("json", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it names each font that is absent
     rows, lines = [], []
     for path in arguments.json:
         some, about = read_results(path)
