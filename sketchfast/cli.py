@@ -313,12 +313,15 @@ def _evaluate(run: Path, name: str, data: DataSpec, flags: dict[str, Any], accel
 
     from .report import write_report
     from .runs import load_method, read_run, update_results
+    from .train import spread_pool
 
+    device = _device(accelerator)
+    if device.type == "cpu":
+        spread_pool()
     method, step = load_method(run)
     with torch.random.fork_rng():
         torch.manual_seed(read_run(run)["run"]["seed"] + 1)  # not the weights that training began from
         untrained = type(method)(method.config).eval()
-    device = _device(accelerator)
     tables = type(method).protocols[name](method.to(device), untrained.to(device), data, **flags)
     stored = _read_evaluations(run)
     stored[f"{name} on {data.name}"] = {

@@ -370,15 +370,32 @@ def train(
     checkpoint written.
     """
     kind = get_method(name)
-    if config.steps < 1:
-        raise ValueError(f"steps must be at least 1, got {config.steps}")
     found = _check_folder(options)
+    if options.accelerator == "cpu" or not torch.cuda.is_available():
+        spread_pool()
     fabric = _launch(options, None if found is None else found[1]["step"] + 1)
     loop = _Loop(fabric, kind, name, preset, config, data, options)
     if found is not None:
         loop.restore(*found)
     fabric.barrier()
     return loop.run()
+
+
+def spread_pool() -> None:
+    """Keep the CPU workers of torch's thread pool off one core; before the first parallel operation only.
+
+    A worker that wakes on the core of the thread that spins for it costs that thread's whole time slice.
+    """
+    if not hasattr(os, "sched_setaffinity") or torch.get_num_threads() < 2:
+        return
+    cores = os.sched_getaffinity(0)
+    if len(cores) < 2:
+        return
+    try:
+        os.sched_setaffinity(0, cores - {min(cores)})
+        torch.ones(1 << 20).add_(1)  # starts the workers, which inherit the mask
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def _check_folder(options: RunOptions) -> tuple[Path, dict[str, Any]] | None:

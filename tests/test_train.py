@@ -387,6 +387,29 @@ def test_bf16_trains(tmp_path):
     assert all(v.dtype != torch.bfloat16 for v in weights(tmp_path, 30)["model"].values())
 
 
+# --- threads ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs Linux, two cores"
+)
+def test_workers_of_the_pool_keep_off_one_core(tmp_path):
+    """A run of its own, as the workers must not have been started before."""
+    code = (
+        "import os, sys; from pathlib import Path; import torch; from toy_method import ToyConfig\n"
+        "from sketchfast.train import RunOptions, train; from sketchfast.methods.base import DataSpec\n"
+        "cores, started = os.sched_getaffinity(0), set(os.listdir('/proc/self/task'))\n"
+        "options = RunOptions(Path(sys.argv[1]), picture_every=0, accelerator='cpu')\n"
+        "train('toy', ToyConfig(steps=2), DataSpec(), options)\n"
+        "assert os.sched_getaffinity(0) == cores\n"
+        "masks = [os.sched_getaffinity(int(t)) for t in set(os.listdir('/proc/self/task')) - started]\n"
+        "assert cores - {min(cores)} in masks, masks"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment(OMP_NUM_THREADS="2"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # --- data order -------------------------------------------------------------------------------------------
 
 
