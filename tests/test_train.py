@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from sketchfast import runs
 from sketchfast import train as loop
 from sketchfast.methods.base import DataSpec
 from sketchfast.runs import (
@@ -201,8 +202,11 @@ def test_killed_run_continues_bit_for_bit(tmp_path):
 def test_resume_extends_a_finished_run(tmp_path):
     run_toy(tmp_path, steps=10)
     assert run_toy(tmp_path, steps=15, resume=True).step == 15
+    results = (tmp_path / "results.json").read_text()
     again = run_toy(tmp_path, steps=15, resume=True)  # nothing left to do
     assert again.step == 15
+    assert again.last["loss"] > 0
+    assert (tmp_path / "results.json").read_text() == results
 
 
 def test_resume_refuses_another_run(tmp_path):
@@ -211,6 +215,45 @@ def test_resume_refuses_another_run(tmp_path):
         run_toy(tmp_path, resume=True, learning_rate=0.5)
     with pytest.raises(ValueError, match=r"seed was 0, is 3"):
         run_toy(tmp_path, resume=True, options={"seed": 3})
+
+
+def test_resume_refuses_other_data(tmp_path, monkeypatch):
+    run_toy(tmp_path, steps=10)
+    original = Toy.train_data
+
+    def other(self, data):
+        samples = original(self, data)
+        samples.fingerprint = "other"
+        return samples
+
+    monkeypatch.setattr(Toy, "train_data", other)
+    with pytest.raises(ValueError, match=r"of another run: data_fingerprint was 'toy', is 'other'"):
+        run_toy(tmp_path, resume=True)
+    monkeypatch.setattr(Toy, "train_data", lambda self, data: original(self, DataSpec()))
+    options = RunOptions(tmp_path, resume=True, accelerator="cpu")
+    with pytest.raises(ValueError, match=r"of another run: data was 'procedural', is 'quickdraw'"):
+        train("toy", ToyConfig(), DataSpec("quickdraw"), options)
+
+
+def test_checkpoints_without_config_are_not_overwritten(tmp_path):
+    run_toy(tmp_path, steps=3)
+    (tmp_path / "config.json").unlink()
+    before = sorted((tmp_path / "checkpoints").iterdir())
+    with pytest.raises(ValueError, match=r"already holds a run: config\.json is gone"):
+        run_toy(tmp_path, steps=3)
+    assert sorted((tmp_path / "checkpoints").iterdir()) == before
+
+
+def test_git_revision_is_of_this_repository(tmp_path, monkeypatch):
+    """A package installed under a stranger's repository must not report that one's revision."""
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@x", "-c", "core.hooksPath=/dev/null"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    (tmp_path / "runs.py").write_text("")
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    assert runs.git_revision() is None
+    subprocess.run([*git, "add", "runs.py"], cwd=tmp_path, check=True)
+    assert runs.git_revision() is not None
 
 
 def test_a_folder_in_use_is_not_overwritten(tmp_path):
