@@ -158,7 +158,7 @@ def train_command(args: Sequence[str]) -> int:
     kind = get_method(name)
     defaults, preset = _train_defaults(kind, args[1:])
     flags = _parse(None, defaults, args[1:], f"{prog} {name}", inspect.getdoc(kind) or "")
-    _check_impl(flags.method.impl)
+    _check_impl(flags.method.impl, flags.run.accelerator)
     if flags.preset.preset != preset:
         raise UsageError(f"preset must be {preset}, that of the run to be resumed, got {flags.preset.preset}")
     summary = _train(name, flags.method, _data_spec(flags.data), flags.run, preset)
@@ -208,11 +208,15 @@ def _train_defaults(kind: type[Method], args: Sequence[str]) -> tuple[dict[str, 
     return defaults, preset
 
 
-def _check_impl(impl: str) -> None:
-    from .ops._contract import IMPLS
+def _check_impl(impl: str, accelerator: str) -> None:
+    from .ops._contract import IMPLS, unavailable_reason
 
     if impl not in IMPLS:
         raise UsageError(f"impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    device = _device(accelerator).type
+    reason = None if impl == "auto" else unavailable_reason(impl, device)
+    if reason is not None:
+        raise UsageError(f"impl must be one that runs here on {device}, got {impl!r}: {reason}")
 
 
 def _data_spec(options: DataOptions) -> DataSpec:
@@ -312,15 +316,19 @@ def _evaluate(run: Path, name: str, data: DataSpec, flags: dict[str, Any], accel
     import torch
 
     from .report import write_report
-    from .runs import load_method, read_run, update_results
+    from .runs import load_method, read_results, read_run, update_results
+    from .train import spread_pool
 
+    device = _device(accelerator)
+    if device.type == "cpu":
+        spread_pool()
     method, step = load_method(run)
+    _check_impl(method.config.impl, accelerator)
     with torch.random.fork_rng():
         torch.manual_seed(read_run(run)["run"]["seed"] + 1)  # not the weights that training began from
         untrained = type(method)(method.config).eval()
-    device = _device(accelerator)
     tables = type(method).protocols[name](method.to(device), untrained.to(device), data, **flags)
-    stored = _read_evaluations(run)
+    stored = read_results(run).get("evaluations", {})
     stored[f"{name} on {data.name}"] = {
         "step": step,
         "data": {"name": data.name, "root": None if data.root is None else str(data.root)},
@@ -330,13 +338,6 @@ def _evaluate(run: Path, name: str, data: DataSpec, flags: dict[str, Any], accel
     update_results(run, "evaluations", stored)
     write_report(run)
     return tables
-
-
-def _read_evaluations(run: Path) -> dict[str, Any]:
-    import json
-
-    path = run / "results.json"
-    return json.loads(path.read_text()).get("evaluations", {}) if path.exists() else {}
 
 
 def _device(accelerator: str) -> Any:
@@ -514,6 +515,7 @@ def data_command(args: Sequence[str]) -> int:
     if args[0] != "prepare":
         raise UsageError(f"data has the command prepare, got {args[0]!r}; usage: {usage}")
     name, root = _positionals(args[1:], ("NAME", "ROOT"), "sketchfast data prepare")
+    _refuse(args[3:], usage)
     from .data.prepare import prepare
 
     path, drawings = prepare(name, Path(root), progress=True)
@@ -522,10 +524,16 @@ def data_command(args: Sequence[str]) -> int:
     return 0
 
 
+def _refuse(extra: Sequence[str], usage: str) -> None:
+    if extra:
+        raise UsageError(f"{extra[0]!r} is not understood; usage: {usage}")
+
+
 def info_command(args: Sequence[str]) -> int:
     if _wants_help(args):
         print("usage: sketchfast info\n\nVersions, what was built, which implementation each op takes here.")
         return 0
+    _refuse(args, "sketchfast info")
     import torch
 
     from .runs import git_revision, versions
@@ -583,9 +591,9 @@ def demo_command(args: Sequence[str]) -> int:
 
     about = "Draw procedural data, train SketchEmbedNet on it, compare it few-shot with an untrained encoder."
     options = _parse(DemoOptions, None, args, "sketchfast demo", about)
-    _check_impl(options.impl)
+    _check_impl(options.impl, "auto")
     preset = get_method("sketchembednet").preset(options.preset)
-    steps = options.steps or DEMO_STEPS[options.preset]
+    steps = DEMO_STEPS[options.preset] if options.steps is None else options.steps
     config = dataclasses.replace(preset, steps=steps, impl=options.impl, **_demo_schedule(steps))
     out = _free_folder(options.out)
     every = max(1, steps // 4)

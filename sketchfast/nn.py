@@ -44,11 +44,12 @@ class _HyperLSTMBase(nn.Module):
         check_impl(impl)
         self.impl = impl
 
+        hidden_size, hyper_size, embed_size = self.hidden_size, self.hyper_size, self.embed_size
         shapes: dict[str, tuple[int, ...]] = {
-            "weight_ih": (4 * hidden_size, input_size),
+            "weight_ih": (4 * hidden_size, self.input_size),
             "weight_hh": (4 * hidden_size, hidden_size),
             "bias": (4 * hidden_size,),
-            "hyper_weight_ih": (4 * hyper_size, input_size + hidden_size),
+            "hyper_weight_ih": (4 * hyper_size, self.input_size + hidden_size),
             "hyper_weight_hh": (4 * hyper_size, hyper_size),
             "z_weight": (8, embed_size, hyper_size),
             "z_bias": (8, embed_size),
@@ -67,14 +68,19 @@ class _HyperLSTMBase(nn.Module):
                 "hyper_ln_c_weight": (hyper_size,),
                 "hyper_ln_c_bias": (hyper_size,),
             }
+        #: read by name, not from the registry: pruned, parametrised or replicated weights are no parameters
+        self._names = tuple(shapes)
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self.reset_parameters()
 
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self._names}
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws the parameters anew, as sketch-rnn does."""
-        p = dict(self.named_parameters(recurse=False))
+        p = self._weights()
         for name, value in p.items():
             if name.endswith("bias"):
                 value.zero_()
@@ -110,7 +116,7 @@ class _HyperLSTMBase(nn.Module):
         return hyperlstm(
             x,
             state,
-            dict(self.named_parameters(recurse=False)),
+            self._weights(),
             lengths=lengths,
             forget_bias=self.forget_bias,
             recurrent_dropout=self.recurrent_dropout if self.training else 0.0,
@@ -148,11 +154,11 @@ class HyperLSTM(_HyperLSTMBase):
 
     `forward` returns `(out [T, B, H], (h, c, hyper_h, hyper_c))`; gradients go to x, to state and to every
     parameter. Its arguments:
-        x: [T, B, input_size], floating point, on the device of the parameters.
+        x: [T, B, input_size], on the device and dtype of the parameters (any but float64 under autocast).
         state: (h [B, H], c [B, H], hyper_h [B, Hh], hyper_c [B, Hh]); None is zeros.
         lengths: [B] integer, clamped to [0, T]; past a sequence's length its state holds and out is 0.
-        seed: int64 scalar tensor (or int) that decides the dropout masks; None draws one from torch's
-            generator on x's device.
+        seed: int64 scalar tensor (or int in [-2**63, 2**63)) that decides the dropout masks; None draws one
+            from torch's generator on x's device.
         step_offset: number of steps run before, where a sequence is run in pieces under one seed.
     Cells, gates and layer norms are computed in float32 (float64 for float64), products in x's or autocast's
     dtype. A wrong argument raises TypeError or ValueError that names it.

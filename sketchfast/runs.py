@@ -213,10 +213,19 @@ def versions() -> dict[str, str]:
 
 def git_revision() -> str | None:
     """The revision of the source tree this runs from, `-dirty` where it was changed; None without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    here = Path(__file__)
+    # an installed package may lie in a repository of the user's, which does not track it
+    tracked = _git(here.parent, "ls-files", "--error-unmatch", here.name)
+    if tracked is None:
+        return None
+    return _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(folder: Path, *command: str) -> str | None:
+    """What a git command prints in `folder`, None where it fails."""
     try:
         done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=False
+            ["git", *command], cwd=folder, capture_output=True, text=True, timeout=10, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -277,9 +286,21 @@ class MetricsFile:
 
 def update_results(run: Path, key: str, value: Any) -> None:
     """Set one entry of a run folder's results.json."""
+    write_json(run / "results.json", {**read_results(run), key: value})
+
+
+def read_results(run: Path) -> dict[str, Any]:
+    """What a run folder's results.json holds, nothing where there is none; a damaged one is set aside."""
     path = run / "results.json"
     try:
         results = json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        results = {}
-    write_json(path, {**results, key: value})
+        if not isinstance(results, dict) or not isinstance(results.get("evaluations", {}), dict):
+            raise ValueError("not what `sketchfast` writes")
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:  # no JSON, no UTF-8, or other JSON
+        aside = path.with_name(path.name + ".damaged")
+        os.replace(path, aside)
+        warnings.warn(f"{path} is damaged, kept as {aside.name}: {error}", RuntimeWarning, stacklevel=2)
+        return {}
+    return results

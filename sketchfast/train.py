@@ -370,9 +370,9 @@ def train(
     checkpoint written.
     """
     kind = get_method(name)
-    if config.steps < 1:
-        raise ValueError(f"steps must be at least 1, got {config.steps}")
     found = _check_folder(options)
+    if options.accelerator == "cpu" or not torch.cuda.is_available():
+        spread_pool()
     fabric = _launch(options, None if found is None else found[1]["step"] + 1)
     loop = _Loop(fabric, kind, name, preset, config, data, options)
     if found is not None:
@@ -381,17 +381,33 @@ def train(
     return loop.run()
 
 
+def spread_pool() -> None:
+    """Keep the CPU workers of torch's thread pool off one core; before the first parallel operation only.
+
+    A worker that wakes on the core of the thread that spins for it costs that thread's whole time slice.
+    """
+    if not hasattr(os, "sched_setaffinity") or torch.get_num_threads() < 2:
+        return
+    cores = os.sched_getaffinity(0)
+    if len(cores) < 2:
+        return
+    try:
+        os.sched_setaffinity(0, cores - {min(cores)})
+        torch.ones(1 << 20).add_(1)  # starts the workers, which inherit the mask
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def _check_folder(options: RunOptions) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to go on from, None to begin."""
-    has_run = (options.out / "config.json").exists()
+    has_config = (options.out / "config.json").exists()
     if not options.resume:
-        if has_run and list_checkpoints(options.out / "checkpoints"):
-            raise ValueError(
-                f"{options.out} already holds a run: resume it (--resume) or choose another folder"
-            )
+        if list_checkpoints(options.out / "checkpoints"):
+            way_on = "resume it (--resume)" if has_config else "config.json is gone, put it back"
+            raise ValueError(f"{options.out} already holds a run: {way_on} or choose another folder")
         return None
-    if not has_run:
-        raise ValueError(f"{options.out} holds no run to resume")
+    if not has_config:
+        raise ValueError(f"{options.out} holds no run to resume: config.json is not there")
     return newest_checkpoint(options.out / "checkpoints")
 
 
@@ -434,6 +450,13 @@ class _Loop:
         self.samples = len(samples)  # type: ignore[arg-type]
         skipped = getattr(samples, "skipped", None)  # a count, or counts by reason
         self.skipped_files: int | None = sum(skipped.values()) if isinstance(skipped, Mapping) else skipped
+        #: a resumed run must find this unchanged
+        self.data_identity = {
+            "data": data.name,
+            "data_fingerprint": getattr(samples, "fingerprint", None),
+            "samples": self.samples,
+            "seed": options.seed,
+        }
         order = BatchOrder(self.samples, config.batch_size, options.seed)
         self.batches = _RankBatches(samples, order, fabric.global_rank, fabric.world_size)
         self.settings = {
@@ -473,7 +496,7 @@ class _Loop:
             "step": self.step,
             "method": self.settings["method"],
             "config": self.settings["config"],
-            "data": {"samples": self.samples, "seed": self.options.seed},
+            "data": self.data_identity,
             "model": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
@@ -481,6 +504,7 @@ class _Loop:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "seconds": self.seconds,
+            "last": self.last,
         }
 
     def restore(self, path: Path, state: Mapping[str, Any]) -> None:
@@ -492,6 +516,7 @@ class _Loop:
             self.schedule.load_state_dict(state["schedule"])
         self.step, self.skipped = state["step"], state["skipped"]
         self.skipped_in_a_row, self.seconds = state["skipped_in_a_row"], state["seconds"]
+        self.last = dict(state["last"])
         if len(state["rng"]) == self.fabric.world_size:
             set_rng_state(state["rng"][self.fabric.global_rank], self.device)
         else:
@@ -510,7 +535,7 @@ class _Loop:
     def _check_same(self, path: Path, state: Mapping[str, Any]) -> None:
         now = {"method": self.settings["method"], **self.settings["config"]}
         then = {"method": state["method"], **state["config"]}
-        now |= {"samples": self.samples, "seed": self.options.seed}
+        now |= self.data_identity
         then |= state["data"]
         changed = [
             f"{key} was {then.get(key)!r}, is {now.get(key)!r}"

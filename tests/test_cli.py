@@ -5,9 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +130,32 @@ def test_evaluate_takes_the_first_protocol_by_default(run, capfd):
     assert main(["evaluate", str(run)]) == 0
     assert main(["evaluate", str(run), "weights", "--help"]) == 0
     assert re.search(r"--episodes INT\s+how many \(default: 5\)", capfd.readouterr().out)
+
+
+def test_evaluate_sets_a_damaged_results_file_aside(run, tmp_path, capfd):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "results.json").write_text('{"training": {"st')
+    with pytest.warns(RuntimeWarning, match=r"results\.json is damaged, kept as results\.json\.damaged"):
+        assert main(["evaluate", str(copy), "weights", "--accelerator", "cpu"]) == 0
+    assert (copy / "results.json.damaged").read_text() == '{"training": {"st'
+    assert "weights on procedural" in json.loads((copy / "results.json").read_text())["evaluations"]
+
+
+def test_an_impl_that_cannot_run_is_refused_before_any_work(run, tmp_path, capfd, monkeypatch):
+    from sketchfast.ops import _contract
+
+    monkeypatch.setattr(_contract, "unavailable_reason", lambda impl, device: f"no {impl} on {device}")
+    words = ["train", "toy", "--out", tmp_path / "new", "--accelerator", "cpu", "--impl", "triton"]
+    message = failure(capfd, *words)
+    assert "impl must be one that runs here on cpu, got 'triton': no triton on cpu" in message
+    assert not (tmp_path / "new").exists()
+    assert "got 'triton': no triton on" in failure(capfd, "demo", "--impl", "triton", "--out", tmp_path / "d")
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = (copy / "config.json").read_text().replace('"impl": "auto"', '"impl": "native"')
+    (copy / "config.json").write_text(config)
+    assert "got 'native': no native on cpu" in failure(capfd, "evaluate", copy, "--accelerator", "cpu")
 
 
 # --- embed and draw ---------------------------------------------------------------------------------------
@@ -288,6 +318,8 @@ def test_mistakes_end_in_one_line_and_code_2(run, tmp_path, capfd):
         ("data", "fetch", "x"): "data has the command prepare",
         ("data", "prepare", "nothing", empty): "name must be one of omniglot, quickdraw, got 'nothing'",
         ("data", "prepare", "quickdraw"): "ROOT is missing",
+        ("data", "prepare", "quickdraw", empty, "--bogus", "x"): "'--bogus' is not understood",
+        ("info", "--nonsense"): "'--nonsense' is not understood",
     }
     for args, message in cases.items():
         printed = failure(capfd, *args)
@@ -412,6 +444,35 @@ def test_sketchembednet_resumes_bit_for_bit(demo, tmp_path):
         assert torch.equal(value, states[1]["model"][key]), key
     rows = [(tmp_path / name / "metrics.csv").read_bytes() for name in ("whole", "parts")]
     assert rows[0] == rows[1]
+
+
+def test_a_killed_sketchembednet_run_continues_bit_for_bit(tmp_path):
+    """SIGKILL in mid-training, after the checkpoint of step 9; log, weights and all else are as without."""
+    flags = "--preset tiny --accelerator cpu --steps 24 --checkpoint-every 3 --log-every 1 --picture-every 0"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    last = "checkpoints/step-000000024.pt"
+
+    def start(name: str, *more: str) -> subprocess.Popen:
+        words = ["train", "sketchembednet", "--out", str(tmp_path / name), *flags.split(), *more]
+        return subprocess.Popen([sys.executable, "-m", "sketchfast", *words], env=environment)
+
+    process = start("killed")
+    deadline = time.monotonic() + 60
+    ninth = tmp_path / "killed" / "checkpoints" / "step-000000009.pt"
+    while not ninth.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    assert not (tmp_path / "killed" / last).exists()
+    runs = [start("killed", "--resume"), start("whole")]
+    assert [run.wait(90) for run in runs] == [0, 0]
+    killed, whole = (read_checkpoint(tmp_path / name / last) for name in ("killed", "whole"))
+    assert killed["last"] == whole["last"]
+    for key, value in whole["model"].items():
+        assert torch.equal(value, killed["model"][key]), key
+    rows = [(tmp_path / name / "metrics.csv").read_bytes() for name in ("killed", "whole")]
+    assert rows[0] == rows[1]
+    assert rows[0].count(b"\n") == 25
 
 
 def test_demo_takes_a_free_folder(tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize, prune
 
 from sketchfast.kernels.reference.hyperlstm import dropout_masks, philox4x32
 from sketchfast.nn import HyperLSTM, HyperLSTMCell
@@ -349,6 +351,10 @@ def test_constructor_errors_name_the_argument(module, arguments, options, error,
         ({"lengths": torch.tensor([1.0, 2.0, 3.0])}, TypeError, "lengths"),
         ({"seed": torch.tensor([1])}, ValueError, "seed"),
         ({"seed": 0.5}, TypeError, "seed"),
+        ({"seed": True}, TypeError, "seed must be an integer"),
+        ({"seed": 2**63}, ValueError, "seed must be at most 9223372036854775807, got 9223372036854775808"),
+        ({"x": torch.zeros(4, 3, 3)}, TypeError, "x must be of dtype float64 as the parameters are"),
+        ({"x": torch.zeros(4, 3, 3).half()}, TypeError, "x must be of dtype float64 as the parameters are"),
         ({"step_offset": -1}, ValueError, "step_offset must be at least 0"),
     ],
 )
@@ -358,6 +364,66 @@ def test_call_errors_name_the_argument(change, error, words) -> None:
     arguments = {"x": x, "state": state, **change}
     with pytest.raises(error, match=words):
         m(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.float64, False), (torch.float16, False), (torch.float64, True)]
+)
+def test_x_must_have_the_parameters_dtype(dtype: torch.dtype, autocast: bool) -> None:
+    m = make().float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(TypeError, match="x must be"):
+        m(torch.zeros(4, 3, 3, dtype=dtype))
+
+
+def test_autocast_takes_low_precision_x() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        out = make().float()(torch.zeros(4, 3, 3, dtype=torch.bfloat16))[0]
+    assert torch.isfinite(out).all()
+
+
+def test_numpy_integers_are_integers() -> None:
+    m = HyperLSTM(*map(np.int64, SIZES), recurrent_dropout=0.5)
+    assert all(type(size) is int for size in (m.input_size, m.hidden_size, m.hyper_size, m.embed_size))
+    x = torch.randn(4, 3, 3)
+    assert torch.equal(m(x, seed=np.int64(3))[0], m(x, seed=3)[0])
+    assert torch.equal(m(x, seed=3, step_offset=np.int64(2))[0], m(x, seed=3, step_offset=2)[0])
+
+
+# --- weights that are no parameters -----------------------------------------------------------------------
+
+
+def test_pruned_weights_are_used() -> None:
+    m = make()
+    x, state = inputs()
+    mask = (torch.arange(m.weight_hh.numel()) % 3 > 0).double().view_as(m.weight_hh)
+    want = make()
+    with torch.no_grad():
+        want.weight_hh.mul_(mask)
+    prune.custom_from_mask(m, "weight_hh", mask)
+    assert_same(m(x, state), want(x, state), rtol=0, atol=0)
+
+
+def test_parametrised_weights_are_used() -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    m, want = make(), make()
+    x, state = inputs()
+    with torch.no_grad():
+        want.weight_hh.mul_(2)
+    parametrize.register_parametrization(m, "weight_hh", Doubled())
+    assert_same(m(x, state), want(x, state), rtol=0, atol=0)
+
+
+def test_replicas_of_data_parallel_run() -> None:
+    """What nn.DataParallel makes of a module: plain tensors in place of its parameters."""
+    m = make()
+    x, state = inputs()
+    replica = m._replicate_for_data_parallel()
+    for name, parameter in m.named_parameters():
+        setattr(replica, name, parameter * 1)
+    assert_same(replica(x, state), m(x, state), rtol=0, atol=0)
 
 
 def test_cell_errors_name_the_argument() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from sketchfast import runs
 from sketchfast import train as loop
 from sketchfast.methods.base import DataSpec
 from sketchfast.runs import (
@@ -201,8 +202,11 @@ def test_killed_run_continues_bit_for_bit(tmp_path):
 def test_resume_extends_a_finished_run(tmp_path):
     run_toy(tmp_path, steps=10)
     assert run_toy(tmp_path, steps=15, resume=True).step == 15
+    results = (tmp_path / "results.json").read_text()
     again = run_toy(tmp_path, steps=15, resume=True)  # nothing left to do
     assert again.step == 15
+    assert again.last["loss"] > 0
+    assert (tmp_path / "results.json").read_text() == results
 
 
 def test_resume_refuses_another_run(tmp_path):
@@ -211,6 +215,45 @@ def test_resume_refuses_another_run(tmp_path):
         run_toy(tmp_path, resume=True, learning_rate=0.5)
     with pytest.raises(ValueError, match=r"seed was 0, is 3"):
         run_toy(tmp_path, resume=True, options={"seed": 3})
+
+
+def test_resume_refuses_other_data(tmp_path, monkeypatch):
+    run_toy(tmp_path, steps=10)
+    original = Toy.train_data
+
+    def other(self, data):
+        samples = original(self, data)
+        samples.fingerprint = "other"
+        return samples
+
+    monkeypatch.setattr(Toy, "train_data", other)
+    with pytest.raises(ValueError, match=r"of another run: data_fingerprint was 'toy', is 'other'"):
+        run_toy(tmp_path, resume=True)
+    monkeypatch.setattr(Toy, "train_data", lambda self, data: original(self, DataSpec()))
+    options = RunOptions(tmp_path, resume=True, accelerator="cpu")
+    with pytest.raises(ValueError, match=r"of another run: data was 'procedural', is 'quickdraw'"):
+        train("toy", ToyConfig(), DataSpec("quickdraw"), options)
+
+
+def test_checkpoints_without_config_are_not_overwritten(tmp_path):
+    run_toy(tmp_path, steps=3)
+    (tmp_path / "config.json").unlink()
+    before = sorted((tmp_path / "checkpoints").iterdir())
+    with pytest.raises(ValueError, match=r"already holds a run: config\.json is gone"):
+        run_toy(tmp_path, steps=3)
+    assert sorted((tmp_path / "checkpoints").iterdir()) == before
+
+
+def test_git_revision_is_of_this_repository(tmp_path, monkeypatch):
+    """A package installed under a stranger's repository must not report that one's revision."""
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@x", "-c", "core.hooksPath=/dev/null"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    (tmp_path / "runs.py").write_text("")
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    assert runs.git_revision() is None
+    subprocess.run([*git, "add", "runs.py"], cwd=tmp_path, check=True)
+    assert runs.git_revision() is not None
 
 
 def test_a_folder_in_use_is_not_overwritten(tmp_path):
@@ -385,6 +428,29 @@ def test_bf16_trains(tmp_path):
     summary = run_toy(tmp_path, options={"precision": "bf16-mixed"})
     assert summary.last["loss"] < 0.1
     assert all(v.dtype != torch.bfloat16 for v in weights(tmp_path, 30)["model"].values())
+
+
+# --- threads ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs Linux, two cores"
+)
+def test_workers_of_the_pool_keep_off_one_core(tmp_path):
+    """A run of its own, as the workers must not have been started before."""
+    code = (
+        "import os, sys; from pathlib import Path; import torch; from toy_method import ToyConfig\n"
+        "from sketchfast.train import RunOptions, train; from sketchfast.methods.base import DataSpec\n"
+        "cores, started = os.sched_getaffinity(0), set(os.listdir('/proc/self/task'))\n"
+        "options = RunOptions(Path(sys.argv[1]), picture_every=0, accelerator='cpu')\n"
+        "train('toy', ToyConfig(steps=2), DataSpec(), options)\n"
+        "assert os.sched_getaffinity(0) == cores\n"
+        "masks = [os.sched_getaffinity(int(t)) for t in set(os.listdir('/proc/self/task')) - started]\n"
+        "assert cores - {min(cores)} in masks, masks"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment(OMP_NUM_THREADS="2"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # --- data order -------------------------------------------------------------------------------------------

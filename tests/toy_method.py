@@ -48,6 +48,7 @@ class ToyData(torch.utils.data.Dataset):
         self.images = torch.rand(config.samples, 1, config.image_size, config.image_size, generator=generator)
         self.noise = config.noise
         self.skipped = 2
+        self.fingerprint = "toy"
 
     def __len__(self) -> int:
         return len(self.images)

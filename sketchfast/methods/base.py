@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..ops._contract import check_integer, check_number
+
 PRESETS = ("paper", "small", "tiny")
 
 
@@ -32,6 +34,13 @@ class TrainConfig:
     """clip the gradient's norm to this; 0 turns it off"""
     impl: str = "auto"
     """implementation of the kernels: auto, native, triton or reference"""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size"):
+            check_integer(name, getattr(self, name), 1)
+        check_number("learning_rate", self.learning_rate, above=0)
+        for name in ("clip_value", "clip_norm"):
+            check_number(name, getattr(self, name), at_least=0)
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,11 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def train_data(self, data: DataSpec) -> torch.utils.data.Dataset:
-        """A map-style data set; its `__getitems__(indices)`, where it has one, returns a batch ready made."""
+        """A map-style data set; its `__getitems__(indices)`, where it has one, returns a batch ready made.
+
+        Its `skipped`, where it has one, counts what was left out (an int, or by reason). Its `fingerprint` is
+        a string that another data set does not share: by it a resumed run knows its data again.
+        """
         raise NotImplementedError
 
     def loss(self, batch: Any, step: int) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ says which is the default here.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,12 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .. import nn as sketchnn
-from ..data.dataset import LabelledImages, StrokeDataset
+from ..data.dataset import LabelledImages, StrokeDataset, add_counts
 from ..data.quickdraw import class_split
 from ..data.strokes import Sketch, simplify
 from ..evaluate.fewshot import few_shot_accuracy
 from ..models import mixture
 from ..models.encoders import ENCODERS
+from ..ops._contract import check_integer, check_number
 from ..ops.raster import raster_bce, rasterize
 from .base import PRESETS, DataSpec, Method, Table, TrainConfig
 
@@ -78,17 +80,21 @@ class SketchEmbedNetConfig(TrainConfig):
     """seed of the choice of held-out classes"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.encoder not in ENCODERS:
             raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {self.encoder!r}")
-        for name in ("image_size", "max_length", "latent_size", "mixture_components"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
-        for name in ("alpha_interval", "lr_decay_steps", "drawings_per_class"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)!r}")
-        for name in ("alpha_max", "held_out_classes", "simplify_tolerance"):
-            if not 0 <= getattr(self, name) <= 1:
+        sizes = ("image_size", "latent_size", "hidden_size", "hyper_size", "embed_size")
+        for name in (*sizes, "max_length", "mixture_components"):
+            check_integer(name, getattr(self, name), 1)
+        for name in ("alpha_interval", "lr_decay_steps", "drawings_per_class", "split_seed"):
+            check_integer(name, getattr(self, name), 0)
+        for name in ("alpha_step", "alpha_max", "pixel_loss_above", "held_out_classes", "simplify_tolerance"):
+            if not 0 <= check_number(name, getattr(self, name)) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
+        if not 0 <= check_number("recurrent_dropout", self.recurrent_dropout) < 1:
+            raise ValueError(f"recurrent_dropout must lie in [0, 1), got {self.recurrent_dropout!r}")
+        if not 0 < check_number("lr_decay", self.lr_decay) <= 1:
+            raise ValueError(f"lr_decay must lie in (0, 1], got {self.lr_decay!r}")
 
 
 def _share_of_steps(config: SketchEmbedNetConfig, field: str) -> int:
@@ -108,6 +114,15 @@ class StrokeBatch(NamedTuple):
     """[B] int64: points of each drawing, 2 to T + 1"""
 
 
+def _fingerprint(drawings: StrokeDataset) -> str:
+    """A digest of names, labels, lengths, and a MiB of points at either end: gigabytes would take long."""
+    end = 1 << 17
+    digest = hashlib.blake2b("\n".join(drawings.class_names).encode(), digest_size=16)
+    for part in (drawings.labels, drawings.offsets, drawings.points[:end], drawings.points[-end:]):
+        digest.update(part.tobytes())
+    return digest.hexdigest()
+
+
 class StrokeBatches(torch.utils.data.Dataset):
     """Drawings as packed arrays; a batch is one gather, so that no step waits for data."""
 
@@ -119,6 +134,7 @@ class StrokeBatches(torch.utils.data.Dataset):
         self.max_points = max_points
         #: how many drawings were left out, by reason
         self.skipped = dict(drawings.skipped)
+        self.fingerprint = _fingerprint(drawings)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -175,7 +191,19 @@ def read_drawings(data: DataSpec, per_class: int | None = None) -> StrokeDataset
     # sampled in time, thousands of points a drawing; the authors simplify by the same tolerance in pixels
     strokes = prepared or load_omniglot_strokes(data.root)
     sketches = [simplify(strokes[index][0], 2.0) for index in range(len(strokes))]
-    return StrokeDataset.from_sketches(sketches, strokes.labels, strokes.class_names, info=strokes.info)
+    return _repacked(strokes, sketches)
+
+
+def _repacked(drawings: StrokeDataset, sketches: list[Sketch]) -> StrokeDataset:
+    """`drawings` with its i-th replaced by the i-th of `sketches`."""
+    return StrokeDataset.from_sketches(
+        sketches,
+        drawings.labels,
+        drawings.class_names,
+        skipped=drawings.skipped,
+        info=drawings.info,
+        extra=drawings.extra,
+    )
 
 
 def split_classes(class_names: list[str], held_out: float, seed: int) -> tuple[list[str], list[str]]:
@@ -193,24 +221,34 @@ def usable_drawings(
     Labels and class names stay as they were; what is left out of these classes is counted in `skipped`.
     """
     wanted = [index for index, name in enumerate(drawings.class_names) if name in set(class_names)]
-    of_classes = drawings.subset(np.isin(drawings.labels, wanted) & (drawings.lengths >= 2))
-    if len(of_classes):
-        of_classes = of_classes.subset(_extents(of_classes) > 0)
-    if len(of_classes) and config.simplify_tolerance > 0:
-        of_classes = _simplified(of_classes, config.simplify_tolerance)
-    kept = of_classes.subset(of_classes.lengths <= config.max_length + 1)
+    of_classes = drawings.subset(np.isin(drawings.labels, wanted))
+    extended = _with_extent(of_classes)
+    if config.simplify_tolerance > 0:
+        extended = _with_extent(_simplified(extended, config.simplify_tolerance))
+    kept = extended.subset(extended.lengths <= config.max_length + 1)
     if not len(kept):
         raise ValueError(
             f"data must hold drawings of 2 to {config.max_length + 1} points, got none among {len(drawings)}"
         )
-    too_long = {f"longer than {config.max_length} offsets": len(of_classes) - len(kept)}
-    return replace(kept, skipped=drawings.skipped | too_long)
+    left_out = {
+        "without extent": len(of_classes) - len(extended),
+        f"longer than {config.max_length} offsets": len(extended) - len(kept),
+    }
+    skipped = dict(drawings.skipped)
+    add_counts(skipped, {reason: count for reason, count in left_out.items() if count})
+    return replace(kept, skipped=skipped)
+
+
+def _with_extent(drawings: StrokeDataset) -> StrokeDataset:
+    """The drawings of two points or more that do not all coincide."""
+    drawings = drawings.subset(drawings.lengths >= 2)
+    return drawings.subset(_extents(drawings) > 0) if len(drawings) else drawings
 
 
 def _simplified(drawings: StrokeDataset, tolerance: float) -> StrokeDataset:
     extents = _extents(drawings).tolist()
     sketches = [simplify(drawings[index][0], tolerance * extent) for index, extent in enumerate(extents)]
-    return StrokeDataset.from_sketches(sketches, drawings.labels, drawings.class_names)
+    return _repacked(drawings, sketches)
 
 
 def _extents(drawings: StrokeDataset) -> NDArray[np.float32]:
@@ -575,6 +613,14 @@ def fewshot(
         seed: of the episodes.
         jobs: processes that share the episodes, -1 for all cores; the result does not depend on it.
     """
+    for name, value in (("episodes", episodes), ("per_class", per_class)):
+        check_integer(name, value, 1)
+    check_integer("seed", seed, 0)
+    for name, values, least in (("ways", ways, 2), ("shots", shots, 1)):
+        if not values:
+            raise ValueError(f"{name} must hold a number, got {values!r}")
+        for value in values:
+            check_integer(name, value, least)
     if data.name == "omniglot":
         from ..data.omniglot import load_omniglot
 

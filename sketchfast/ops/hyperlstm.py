@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.reference import hyperlstm as reference
-from ._contract import FLOAT_DTYPES, IMPLS, INTEGER_DTYPES, check_integer, check_tensor
+from ._contract import FLOAT_DTYPES, IMPLS, INTEGER_DTYPES, check_integer, check_tensor, describe
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 STATE_NAMES = ("h", "c", "hyper_h", "hyper_c")
@@ -40,9 +40,20 @@ def _check_state(state: Any, sizes: tuple[int, ...], batch: int, like: Tensor) -
 
 
 def _check_seed(seed: Any, device: torch.device) -> Tensor:
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        return torch.tensor(seed, dtype=torch.int64, device=device)
-    return check_tensor("seed", seed, (), (torch.int64,)).to(device)
+    if isinstance(seed, Tensor):
+        return check_tensor("seed", seed, (), (torch.int64,)).to(device)
+    number = check_integer("seed", seed, -(2**63), 2**63 - 1)
+    return torch.tensor(number, dtype=torch.int64, device=device)
+
+
+def _check_dtype(x: Tensor, weight: Tensor) -> None:
+    """TypeError where x has not the parameters' dtype; autocast, which casts all but float64, forgives it."""
+    if x.dtype == weight.dtype:
+        return
+    forgiving = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    if not forgiving or torch.float64 in (x.dtype, weight.dtype):
+        wanted = str(weight.dtype).removeprefix("torch.")
+        raise TypeError(f"x must be of dtype {wanted} as the parameters are, got {describe(x)}")
 
 
 def hyperlstm(
@@ -66,6 +77,7 @@ def hyperlstm(
     inputs = params["weight_ih"].shape[1]
     hidden, hyper = params["weight_hh"].shape[1], params["hyper_weight_hh"].shape[1]
     check_tensor("x", x, ("T", "B", inputs), FLOAT_DTYPES, like=params["weight_ih"])
+    _check_dtype(x, params["weight_ih"])
     batch = x.shape[1]
     if state is None:
         state = tuple(x.new_zeros(batch, size) for size in (hidden, hidden, hyper, hyper))  # type: ignore[assignment]

@@ -66,6 +66,31 @@ def test_default_is_the_paper() -> None:
     assert get_method("sketchembednet") is SketchEmbedNet
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("steps", 0, "steps must be at least 1, got 0"),
+        ("batch_size", 0, "batch_size must be at least 1, got 0"),
+        ("batch_size", 2.5, "batch_size must be an integer, got 2.5"),
+        ("learning_rate", 0.0, "learning_rate must be greater than 0, got 0.0"),
+        ("clip_value", -1.0, "clip_value must be at least 0, got -1.0"),
+        ("clip_norm", -1.0, "clip_norm must be at least 0, got -1.0"),
+        ("hidden_size", 0, "hidden_size must be at least 1, got 0"),
+        ("lr_decay", -1.0, r"lr_decay must lie in \(0, 1\], got -1.0"),
+        ("lr_decay", 0.0, r"lr_decay must lie in \(0, 1\], got 0.0"),
+        ("lr_decay", float("nan"), "lr_decay must be finite, got nan"),
+        ("recurrent_dropout", 1.0, r"recurrent_dropout must lie in \[0, 1\), got 1.0"),
+        ("alpha_step", -0.1, r"alpha_step must lie in \[0, 1\], got -0.1"),
+        ("alpha_max", 1.5, r"alpha_max must lie in \[0, 1\], got 1.5"),
+        ("pixel_loss_above", 2.0, r"pixel_loss_above must lie in \[0, 1\], got 2.0"),
+        ("split_seed", -1, "split_seed must be at least 0, got -1"),
+    ],
+)
+def test_bad_fields_are_named(field: str, value: float, words: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=words):
+        replace(TINY, **{field: value})
+
+
 @pytest.mark.parametrize("preset", ["small", "tiny"])
 def test_presets_keep_the_encoder(preset: str) -> None:
     small, paper = SketchEmbedNet.preset(preset), SketchEmbedNetConfig()
@@ -146,7 +171,11 @@ def test_what_cannot_be_drawn_is_left_out_and_counted() -> None:
     config = replace(TINY, max_length=24, simplify_tolerance=0.0)
     kept = usable_drawings(dataset, ["a"], config)
     assert len(kept) == 1
-    assert kept.skipped == {"longer than 24 offsets": 1}
+    assert kept.skipped == {"without extent": 2, "longer than 24 offsets": 1}
+    known = replace(dataset, skipped={"broken file": 3})
+    assert usable_drawings(known, ["b"], config).skipped == {"broken file": 3}
+    simplified = usable_drawings(known, ["b"], replace(config, simplify_tolerance=0.02))
+    assert simplified.skipped == {"broken file": 3}
     with pytest.raises(ValueError, match="data must hold drawings of 2 to 2 points, got none among 5"):
         usable_drawings(dataset, ["a"], replace(config, max_length=1))
 
@@ -191,6 +220,33 @@ def test_one_sample_is_a_row_of_the_batch() -> None:
     batches = make().train_data(DataSpec())
     for one, all_ in zip(batches[3], batches.__getitems__([2, 3]), strict=True):
         assert torch.equal(one, all_[1])
+
+
+def test_omniglots_skipped_files_are_counted(monkeypatch) -> None:
+    from sketchfast.data import omniglot, prepare
+
+    sketch = from_strokes([[[0, 0], [9, 1], [30, 50]]])
+    read = StrokeDataset.from_sketches(
+        [sketch], [0], ["a"], skipped={"broken stroke file": 2}, extra={"drawer": np.array([7])}
+    )
+    monkeypatch.undo()
+    monkeypatch.setattr(prepare, "load_prepared", lambda name, root: None)
+    monkeypatch.setattr(omniglot, "load_omniglot_strokes", lambda root: read)
+    drawings = module.read_drawings(DataSpec("omniglot", Path()))
+    assert drawings.skipped == {"broken stroke file": 2}
+    assert drawings.extra["drawer"].tolist() == [7]
+
+
+def test_fingerprint_tells_data_sets_apart(drawings) -> None:
+    def of(data: StrokeDataset) -> str:
+        return StrokeBatches(data, 60).fingerprint
+
+    moved = drawings.points.copy()
+    moved[-1] += 1
+    assert of(drawings) == of(drawings.subset(np.arange(len(drawings))))
+    assert of(replace(drawings, points=moved)) != of(drawings)
+    assert of(replace(drawings, class_names=drawings.class_names[::-1])) != of(drawings)
+    assert of(drawings.subset(np.arange(len(drawings))[::-1])) != of(drawings)
 
 
 @pytest.mark.parametrize(
@@ -397,6 +453,22 @@ def test_fewshot_on_held_out_classes() -> None:
     assert "paper: SketchEmbedNet" not in table.rows[0]  # its figures are for Omniglot
     (again,) = fewshot(method, method, DataSpec(), episodes=4, ways=(3,), shots=(1,))
     assert again.rows[0]["trained"] == again.rows[0]["untrained"] == table.rows[0]["trained"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"per_class": 0}, "per_class must be at least 1, got 0"),
+        ({"episodes": 0}, "episodes must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"ways": (5, 1)}, "ways must be at least 2, got 1"),
+        ({"shots": (0,)}, "shots must be at least 1, got 0"),
+        ({"shots": ()}, "shots must hold a number, got \\(\\)"),
+    ],
+)
+def test_fewshot_names_bad_flags(flags: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        fewshot(make(), make(), DataSpec(), **flags)
 
 
 def test_fewshot_needs_held_out_classes() -> None:
