@@ -616,7 +616,7 @@ def _demo_schedule(steps: int) -> dict[str, Any]:
     }
 
 
-DEMO_STEPS = {"small": 400, "tiny": 3}
+DEMO_STEPS = {"small": 800, "tiny": 3}
 DEMO_EPISODES = {"small": 200, "tiny": 5}
 
 

@@ -275,6 +275,16 @@ def test_dtype_of_the_image(device, impl, dtype):
 
 
 @impls
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_float32_rounded(device, impl, dtype):
+    """Reading and writing the short dtypes is torch's own conversion, denormals and all, to the bit."""
+    points, pen_down = random_strokes(2, 12, 33, dtype=dtype, device=device)
+    exact = sf.rasterize(points.float(), pen_down, 33, impl=impl)
+    assert_same_bits(sf.rasterize(points, pen_down, 33, dtype=torch.float32, impl=impl), exact)
+    assert_same_bits(sf.rasterize(points.float(), pen_down, 33, dtype=dtype, impl=impl), exact.to(dtype))
+
+
+@impls
 def test_peak_and_background(device, impl):
     points = torch.tensor([[[4.0, 6.0], [8.0, 6.0]]], device=device)
     image = sf.rasterize(points, torch.ones(1, 2, device=device), (13, 13), impl=impl)
