@@ -298,17 +298,18 @@ real loose(real reach) {
   return reach * real(1.0001) + real(0.01);
 }
 
-inline Span clamp_span(double low, double high, int64_t count) {
-  return {int64_t(std::max(0.0, __builtin_ceil(low))),
-          int64_t(std::min(double(count - 1), __builtin_floor(high)))};
+template <typename real>
+SKETCHFAST_INLINE Span tiles_of(const Segment<real>& s, real reach, const Grid<real>& grid) {
+  const real end = s.x + s.dx, r = loose(reach);
+  const real left = std::min(s.x, end) - r, right = std::max(s.x, end) + r;
+  if (right < 0 || left > real(grid.width - 1)) return {0, -1};
+  const int64_t first = left > 0 ? int64_t(left) / grid.lanes : 0;
+  const int64_t last = right < real(grid.width) ? int64_t(right) / grid.lanes : grid.tiles - 1;
+  return {first, last};
 }
 
-template <typename real>
-Span tiles_of(const Segment<real>& s, real reach, const Grid<real>& grid) {
-  const real end = s.x + s.dx, r = loose(reach);
-  const Span columns = clamp_span(std::min(s.x, end) - r, std::max(s.x, end) + r, grid.width);
-  return {columns.first / grid.lanes, columns.last < 0 ? -1 : columns.last / grid.lanes};
-}
+// A segment that spans fewer rows is not worth clipping to each of its columns.
+constexpr int kSteep = 4;
 
 // The rows of one tile column within reach of the part of the segment that is within reach of the
 // column.
@@ -317,7 +318,7 @@ SKETCHFAST_INLINE Span rows_of(const Segment<real>& s, real inverse_dx, real rea
                                const Grid<real>& grid) {
   const real r = loose(reach);
   real first = 0, last = 1;
-  if (s.dx != 0) {
+  if (inverse_dx != 0) {
     const real left = (real(tile * grid.lanes) - r - s.x) * inverse_dx;
     const real right = (real((tile + 1) * grid.lanes - 1) + r - s.x) * inverse_dx;
     first = std::max(first, std::min(left, right));
@@ -344,7 +345,8 @@ SKETCHFAST_INLINE void for_each_tile(const Segment<real>& s, real reach, const G
                                      Visit visit) {
   using V = typename Simd<real>::V;
   const Span tiles = tiles_of(s, reach, grid);
-  const real inverse_dx = s.dx != 0 ? 1 / s.dx : 0;
+  const bool steep = s.dy > kSteep || s.dy < -kSteep;
+  const real inverse_dx = steep && s.dx != 0 ? 1 / s.dx : 0;  // 0: take the whole segment's rows
   for (int64_t tile = tiles.first; tile <= tiles.last; ++tile) {
     const Span rows = rows_of(s, inverse_dx, reach, tile, grid);
     if (rows.last < rows.first) continue;

@@ -79,12 +79,18 @@ SKETCHFAST_INLINE void store_first(float* to, FloatV v, int64_t count) {
 #endif
 }
 
+// In double, halves added onto halves: the order is fixed and the chain of additions short.
 template <typename V>
-SKETCHFAST_INLINE auto sum_of_lanes(V v) {
+SKETCHFAST_INLINE double sum_of_lanes(V v) {
   constexpr int lanes = sizeof(V) / sizeof(v[0]);
-  auto sum = v[0];
-  for (int i = 1; i < lanes; ++i) sum += v[i];
-  return sum;
+  double sums[lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; ++i) sums[i] = v[i];
+#pragma GCC unroll 4
+  for (int half = lanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  return sums[0];
 }
 
 // e^x to 1 ulp or so. Cody and Waite's reduction to |r| <= ln(2)/2, then the series; x is clamped
