@@ -73,6 +73,11 @@ def rows_of(benchmarks: list[dict]) -> list[dict]:
     return [{"group": b["group"], **b["extra_info"]} for b in benchmarks if "ratio" in b["extra_info"]]
 
 
+def times(ratio: float) -> str:
+    """A ratio in three digits or all before the point: 1.83x, 60.3x, 1,730x."""
+    return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.3g}x"
+
+
 def format_table(rows: list[dict]) -> str:
     """Markdown: ours against each rival, with target and share of the floor."""
     lines = [
@@ -86,7 +91,7 @@ def format_table(rows: list[dict]) -> str:
         share = "-" if row["floor_share"] is None else f"{row['floor_share']:.0%}"
         lines.append(
             f"| {row['group']} | {row['device']} | {row['rival']} | {row['rival_ms']:.3g} |"
-            f" {row['ours_ms']:.3g} | {row['ratio']:.3g}x | {target} | {share} |"
+            f" {row['ours_ms']:.3g} | {times(row['ratio'])} | {target} | {share} |"
         )
     return "\n".join(lines)
 

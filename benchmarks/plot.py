@@ -17,7 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from harness import format_table, read_results
+from harness import format_table, read_results, times
 
 
 def plot_ratios(rows: list[dict], path: Path) -> None:
@@ -30,7 +30,7 @@ def plot_ratios(rows: list[dict], path: Path) -> None:
     for i, row in enumerate(rows):
         if row["target"]:
             axes.plot([row["target"]] * 2, [i - 0.45, i + 0.45], color="black", linewidth=2)
-        axes.text(ratios[i] * 1.05, i, f"{ratios[i]:.3g}x", va="center", fontsize=7)
+        axes.text(ratios[i] * 1.05, i, times(ratios[i]), va="center", fontsize=7)
     axes.set_xscale("log")
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.invert_yaxis()
