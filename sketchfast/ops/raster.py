@@ -289,7 +289,10 @@ def rasterize(
             strokes = (contract.once(points), pen_down, lengths)
             return reference.intensity_image(*strokes, height, width, *scalars).to(dtype)
     op = getattr(torch.ops.sketchfast, f"raster_fwd_{chosen}")
-    return op(points, pen_down, lengths, height, width, *scalars, dtype, _needs_grad(points))[0]
+    # The kernels write what they compute, or less; a float64 image of float32 arithmetic is a conversion.
+    stored = reference.compute_dtype(points.dtype) if dtype == torch.float64 else dtype
+    image = op(points, pen_down, lengths, height, width, *scalars, stored, _needs_grad(points))[0]
+    return image.to(dtype)
 
 
 def stroke_distance(
