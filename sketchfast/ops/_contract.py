@@ -141,6 +141,17 @@ def define(
     _library.impl(f"{name}_triton", launcher, "CPU")
 
 
+def define_shared(name: str, signature: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Registers `sketchfast::<name>`, one op in PyTorch's own terms that every impl and device shares.
+
+    An op rather than a function where tracing must not look inside. An end of differentiation.
+    """
+    _library.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"sketchfast::{name}", fake, lib=_library)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, function, key)
+
+
 def _lazy_triton(module: str, name: str) -> Callable[..., Any]:
     def launch(*args: Any) -> Any:
         return getattr(import_module(f"sketchfast.kernels.triton.{module}"), name)(*args)
