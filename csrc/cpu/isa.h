@@ -33,3 +33,20 @@ inline Isa chosen_isa() {
 }
 
 }  // namespace sketchfast
+
+// A kernel source defines `<isa>_kernels`, a table of its functions, once an instruction set.
+#define SKETCHFAST_CONCATENATE(a, b) a##b
+#define SKETCHFAST_KERNELS_OF(isa) SKETCHFAST_CONCATENATE(isa, _kernels)
+#if defined(__x86_64__)
+#define SKETCHFAST_RETURN_KERNELS_OF_CHOSEN_ISA \
+  switch (chosen_isa()) {                       \
+    case Isa::avx512:                           \
+      return avx512_kernels;                    \
+    case Isa::avx2:                             \
+      return avx2_kernels;                      \
+    default:                                    \
+      return baseline_kernels;                  \
+  }
+#else
+#define SKETCHFAST_RETURN_KERNELS_OF_CHOSEN_ISA return baseline_kernels;
+#endif
