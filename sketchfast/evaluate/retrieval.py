@@ -261,11 +261,11 @@ def _labels(name: str, value: ArrayLike | Tensor, count: int) -> Tensor:
     return torch.from_numpy(labels.astype(np.int64))
 
 
-def _count(name: str, value: int) -> int:
+def _count(name: str, value: int, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)
 
 
@@ -304,7 +304,7 @@ def retrieval_picture(
         index: [Q, k] integers, the photos of each query, best first (see `nearest`).
         right: [Q, k] bool, whether a photo is of the query's class.
         query_names, gallery_names: Q and G class names, written under the images.
-        side: pixels of a cell; images are scaled to fit it, their shape kept.
+        side: pixels of a cell, at least 32; images are scaled to fit it, their shape kept.
 
     Raises TypeError or ValueError that names the argument.
     """
@@ -312,7 +312,7 @@ def retrieval_picture(
 
     queries, photos = _images("query_images", query_images), _images("gallery_images", gallery_images)
     order, correct = _ranked("index", index, "iu"), _ranked("right", right, "b")
-    side = _count("side", side)
+    side = _count("side", side, least=32)
     if len(order) != len(queries):
         raise ValueError(
             f"index must have a row for each of the {len(queries)} query_images, got {order.shape}"
@@ -325,34 +325,34 @@ def retrieval_picture(
     _check_names("gallery_names", gallery_names, len(photos))
 
     gap, margin = 10, 16
-    named = query_names is not None or gallery_names is not None
-    column, row = side + gap, side + gap + (18 if named else 0)
+    row_height = side + gap + (18 if query_names is not None or gallery_names is not None else 0)
     photos_left = margin + side + 3 * gap  # the query stands apart from its photos
-    width = photos_left + order.shape[1] * column - gap + margin
-    title_font, head_font, name_font = _font(20), _font(14), _font(13)
-    lines = _wrapped(title, title_font, width - 2 * margin) if title else []
+    lefts = [margin, *(photos_left + rank * (side + gap) for rank in range(order.shape[1]))]
+    width = lefts[-1] + side + margin
+    lines = _wrapped(title, _font(20), width - 2 * margin) if title else []
     head_top = margin + 27 * len(lines) + (6 if lines else 0)
-    top = head_top + 24
-    picture = Image.new("RGB", (width, top + len(queries) * row - gap + margin), "white")
+    rows_top = head_top + 24
+    picture = Image.new("RGB", (width, rows_top + len(queries) * row_height - gap + margin), "white")
     draw = ImageDraw.Draw(picture)
     for number, line in enumerate(lines):
-        draw.text((margin, margin + 27 * number), line, fill=INK, font=title_font)
-    heads = ["query", *(str(rank) for rank in range(1, order.shape[1] + 1))]
-    lefts = [margin, *(photos_left + rank * column for rank in range(order.shape[1]))]
-    for head, left in zip(heads, lefts, strict=True):
-        draw.text((left + side / 2, head_top + 16), head, fill=MUTED, font=head_font, anchor="ms")
+        draw.text((margin, margin + 27 * number), line, fill=INK, font=_font(20))
+    for rank, left in enumerate(lefts):
+        draw.text(
+            (left + side / 2, head_top + 16), str(rank or "query"), fill=MUTED, font=_font(14), anchor="ms"
+        )
 
-    for number, (ranked, marks) in enumerate(zip(order, correct, strict=True)):
-        y = top + number * row
-        cells: list[tuple[NDArray[np.uint8], bool | None, str | None]]
-        cells = [(queries[number], None, query_names[number] if query_names else None)]
-        for item, mark in zip(ranked, marks, strict=True):
-            cells.append((photos[item], bool(mark), gallery_names[item] if gallery_names else None))
-        for left, (pixels, mark, name) in zip(lefts, cells, strict=True):
-            picture.paste(_cell(pixels, side, mark), (left, y))
-            if name:
-                caption = _shortened(name, name_font, side)
-                draw.text((left + side / 2, y + side + 15), caption, fill=INK, font=name_font, anchor="ms")
+    def show(pixels: NDArray[np.uint8], name: str | None, mark: bool | None, left: int, top: int) -> None:
+        picture.paste(_cell(pixels, side, mark), (left, top))
+        if name:
+            caption = _shortened(name, _font(13), side)
+            draw.text((left + side / 2, top + side + 15), caption, fill=INK, font=_font(13), anchor="ms")
+
+    for query in range(len(queries)):
+        top = rows_top + query * row_height
+        show(queries[query], None if query_names is None else query_names[query], None, margin, top)
+        for left, item, mark in zip(lefts[1:], order[query], correct[query], strict=True):
+            name = None if gallery_names is None else gallery_names[item]
+            show(photos[item], name, bool(mark), left, top)
     return _png(picture)
 
 
@@ -414,7 +414,8 @@ def tsne_picture(
         sketch_vectors, photo_vectors: [N, D] and [M, D], any floating dtype, D at least 2.
         sketch_labels, photo_labels: [N] and [M], any integer dtype, into class_names.
         seed: of the choice of points and of t-SNE; the same seed gives the same picture on one machine.
-        most: points shown of each domain, taken from its classes as evenly as their sizes allow.
+        most: points shown of each domain, taken from its classes as evenly as their sizes allow; the
+            default's 2000 in all take some 6 s, on one thread.
         title: a line above the panels.
 
     Raises TypeError or ValueError that names the argument.
@@ -479,6 +480,7 @@ def _look(label: int) -> dict[str, str]:
 
 def _tsne(vectors: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     collapsed = bool((vectors == vectors[0]).all())  # no principal axis to start from
     model = TSNE(
@@ -488,7 +490,9 @@ def _tsne(vectors: NDArray[np.float32], seed: int) -> NDArray[np.float32]:
         perplexity=min(30.0, (len(vectors) - 1) / 3),
         random_state=seed,
     )
-    return model.fit_transform(vectors)
+    # its threads meet at every one of many short steps: on a busy machine ten times slower than one
+    with threadpool_limits(1):
+        return model.fit_transform(vectors)
 
 
 def _evenly_by_class(labels: NDArray[np.int64], most: int, seed: int) -> NDArray[np.int64]:
