@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
 
-#: what the similarities of one chunk of queries may take, in bytes
+T = TypeVar("T")
+
+#: what the similarities under way at one time may take, in bytes
 MEMORY_BUDGET = 256 * 2**20
 
 
@@ -73,26 +76,30 @@ def retrieval_scores(
         query, gallery: [Q, D] and [G, D] vectors of any length, any floating dtype, array or tensor.
         query_labels, gallery_labels: [Q] and [G], any integer dtype.
         top: n, at least 1.
-        chunk: queries ranked at a time; None keeps a chunk's similarities within 256 MB. No score depends on
-            it, to the last bit.
+        chunk: queries a thread ranks at a time; None keeps the similarities of all threads within 256 MB. No
+            score depends on it, to the last bit.
         device: where to rank, CPU or CUDA; None is where `query` is. The ranking is the same on both.
 
     Raises TypeError or ValueError that names the argument: dtypes, shapes, empty or non-finite vectors. No
     gradients.
 
-    On CPU the cost is the product and one sort of 64-bit keys a query, shared by torch.get_num_threads()
-    threads. A sort is the cheap way to all ranks where NumPy has its vector sort (AVX2, AVX-512): placing the
-    gallery among a few hundred sorted relevant similarities costs several times as much.
+    On CPU the cost is the product and one sort of 64-bit keys a query; torch.get_num_threads() threads share
+    the queries. A sort is the cheap way to all ranks where NumPy has its vector sort (AVX2, AVX-512): placing
+    the gallery among a few hundred sorted relevant similarities costs several times as much.
     """
     top = _count("top", top)
     query_rows, gallery_rows = _unit_vectors(query, gallery)
     labels = _labels("query_labels", query_labels, len(query_rows))
     classes = _labels("gallery_labels", gallery_labels, len(gallery_rows))
-    top = min(top, len(gallery_rows))
-    scored: list[tuple[float, float, float]] = []
-    for keys in _ranking_keys(query_rows, gallery_rows, chunk, _device_of(query, device), (labels, classes)):
-        scored += [_scores_of(ranks, top) for ranks in _relevant_ranks(keys)]
-    precision_at, map_at, map_all = np.array(scored).mean(axis=0)
+    top, where = min(top, len(gallery_rows)), _device_of(query, device)
+    size = _chunk_size(chunk, len(gallery_rows), where)
+
+    def scores(rows: slice) -> list[tuple[float, float, float]]:
+        chunks = _ranking_keys(query_rows[rows], gallery_rows, size, where, (labels[rows], classes))
+        return [_scores_of(ranks, top) for keys in chunks for ranks in _relevant_ranks(keys)]
+
+    scored = np.concatenate(_shared_out(scores, len(query_rows), where))
+    precision_at, map_at, map_all = scored.mean(axis=0)
     return RetrievalScores(
         float(precision_at), float(map_at), float(map_all), top, len(query_rows), len(gallery_rows)
     )
@@ -126,17 +133,38 @@ def nearest(
     query_rows, gallery_rows = _unit_vectors(query, gallery)
     if k > len(gallery_rows):
         raise ValueError(f"k must be at most the {len(gallery_rows)} gallery vectors, got {k}")
-    best = [
-        keys.topk(k, dim=1, largest=False).values.cpu()
-        for keys in _ranking_keys(query_rows, gallery_rows, chunk, _device_of(query, device))
-    ]
-    return _unpack(torch.cat(best))
+    where = _device_of(query, device)
+    size = _chunk_size(chunk, len(gallery_rows), where)
+
+    def best(rows: slice) -> Tensor:
+        chunks = _ranking_keys(query_rows[rows], gallery_rows, size, where)
+        return torch.cat([keys.topk(k, dim=1, largest=False).values.cpu() for keys in chunks])
+
+    return _unpack(torch.cat(_shared_out(best, len(query_rows), where)))
+
+
+def _shared_out(work: Callable[[slice], T], count: int, device: torch.device) -> list[T]:
+    """work(rows) for consecutive shares of `count` rows: on CPU one a thread, else a single one.
+
+    Each thread runs its products alone. Were all to share every small product, they would wait for each
+    other: on a machine that others use too, that is several times slower than one thread.
+    """
+    if device.type != "cpu":
+        return [work(slice(0, count))]
+    threads = torch.get_num_threads()
+    bounds = np.linspace(0, count, min(threads, count) + 1).astype(int)
+    shares = [slice(start, stop) for start, stop in itertools.pairwise(bounds.tolist())]
+    try:
+        with ThreadPoolExecutor(len(shares), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(work, shares))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _ranking_keys(
     query: Tensor,
     gallery: Tensor,
-    chunk: int | None,
+    chunk: int,
     device: torch.device,
     labels: tuple[Tensor, Tensor] | None = None,
 ) -> Iterator[Tensor]:
@@ -145,7 +173,7 @@ def _ranking_keys(
     All chunks share one buffer: a chunk's keys hold until the next is asked for.
     """
     size = len(gallery)
-    chunk = min(_default_chunk(size, device) if chunk is None else _count("chunk", chunk), len(query))
+    chunk = min(chunk, len(query))
     width = min(size, max(256, 2**18 // chunk))  # a tile of similarities stays in the cache of a core
     gallery = gallery.to(device)
     positions = torch.arange(size, device=device) << 1
@@ -186,13 +214,9 @@ def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
 def _relevant_ranks(keys: Tensor) -> list[NDArray[np.int64]]:
     """For each row of keys the ranks of its relevant items, ascending, the best rank being 1. Sorts keys."""
     if keys.device.type == "cpu":
-
-        def ranks_of(row: NDArray[np.int64]) -> NDArray[np.int64]:
-            row.sort()
-            return np.flatnonzero(row & 1) + 1
-
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy sorts without the GIL
-            return list(pool.map(ranks_of, keys.numpy()))
+        rows = keys.numpy()  # NumPy sorts integers several times faster than torch, and without the GIL
+        rows.sort(axis=1)
+        return [np.flatnonzero(row & 1) + 1 for row in rows]
     row, column = (keys.sort(dim=1).values & 1).nonzero(as_tuple=True)
     counts = torch.bincount(row, minlength=len(keys)).cpu().numpy()
     return np.split(column.cpu().numpy() + 1, np.cumsum(counts)[:-1])
@@ -208,10 +232,15 @@ def _scores_of(ranks: NDArray[np.int64], top: int) -> tuple[float, float, float]
     return among_top / top, float(average_at), float(precision.mean())
 
 
-def _default_chunk(gallery: int, device: torch.device) -> int:
-    """Queries whose keys, and what sorting them takes, fit the budget."""
-    per_pair = 8 if device.type == "cpu" else 40  # a sort on the GPU: keys, sorted keys, indices, work space
-    return max(1, MEMORY_BUDGET // (per_pair * gallery + 2**16))
+def _chunk_size(chunk: int | None, gallery: int, device: torch.device) -> int:
+    """`chunk`, or the queries whose keys, and what sorting them takes, fit a thread's part of the budget."""
+    if chunk is not None:
+        return _count("chunk", chunk)
+    if device.type == "cpu":
+        threads, bytes_per_pair = torch.get_num_threads(), 8
+    else:
+        threads, bytes_per_pair = 1, 40  # keys, sorted keys, indices, work space
+    return max(1, MEMORY_BUDGET // threads // (bytes_per_pair * gallery + 2**16))
 
 
 def _unit_vectors(query: ArrayLike | Tensor, gallery: ArrayLike | Tensor) -> tuple[Tensor, Tensor]:

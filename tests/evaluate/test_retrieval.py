@@ -165,9 +165,12 @@ def test_bits_depend_on_neither_chunks_nor_threads_nor_device(device: str) -> No
         got = nearest(query, gallery, 300, chunk=chunk, device=device)
         assert_same_bits(got[0], similarity)
         assert_same_bits(got[1], index)
-    torch.set_num_threads(2)
+    torch.set_num_threads(3)
     try:
         assert retrieval_scores(query, gallery, query_labels, labels) == expected
+        assert_same_bits(nearest(query, gallery, 300, chunk=7)[0], similarity)
+        assert_same_bits(nearest(query[:2], gallery, 300)[0], similarity[:2])  # fewer queries than threads
+        assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)
 
