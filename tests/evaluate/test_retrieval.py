@@ -205,6 +205,17 @@ def test_zero_vectors_have_similarity_zero(device: str) -> None:
     assert not torch.signbit(similarity[:, :4]).any()
 
 
+def test_keys_order_floats_and_give_them_back() -> None:
+    values = torch.tensor([[1.0, 1e-30, 0.0, -0.0, -1e-30, -0.5, -1.0]])
+    keys = torch.empty(values.shape, dtype=torch.int64)
+    retrieval._pack(values, torch.arange(7) << 1, keys)
+    assert (keys.diff(dim=1) > 0).all()
+    assert len(torch.unique(keys >> 32)) == 6  # zeros of both signs tie
+    similarity, index = retrieval._unpack(keys | 1)
+    assert torch.equal(similarity, values)
+    assert index.tolist() == [list(range(7))]
+
+
 def test_vectors_of_one_direction_alone_still_rank() -> None:
     """A collapsed encoder: everything ties, the index decides."""
     labels = np.arange(50) % 2
