@@ -122,6 +122,7 @@ def _implicit_backward(
     one read of the plan for the gradient.
     """
     if impl == "reference":
+        epsilon, phi, gamma = epsilon.double(), phi.double(), gamma.double()
         plan = reference.plan_from_potentials(cost, epsilon, phi, gamma)
         right = reference.adjoint_sums(plan, epsilon, grad_plan, grad_f, grad_g)
     else:
