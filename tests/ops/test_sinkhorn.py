@@ -152,10 +152,13 @@ def test_uniform_marginals_and_one_epsilon_a_problem(device, impl):
     got, eager = (sf.sinkhorn(cost, epsilon, max_iter=9, impl=i) for i in (impl, "reference"))
     exact = sf.sinkhorn(cost.double(), epsilon.double(), max_iter=9, impl="reference")
     assert got.plan.shape == cost.shape
-    assert got.f.shape == (2, 2, 17) and got.g.shape == (2, 2, 30) and got.error.shape == (2, 2)
+    assert got.f.shape == (2, 2, 17)
+    assert got.g.shape == (2, 2, 30)
+    assert got.error.shape == (2, 2)
     assert_output_matches(got, eager, exact, torch.float32)
     scalar = sf.sinkhorn(cost[0, 0], 0.1, max_iter=9, impl=impl)
-    assert scalar.plan.shape == (17, 30) and scalar.error.shape == ()
+    assert scalar.plan.shape == (17, 30)
+    assert scalar.error.shape == ()
 
 
 @kernels
@@ -177,7 +180,8 @@ def test_masses_of_very_different_size(device, impl):
     a, b = a / a.sum(), b / b.sum()
     out = sf.sinkhorn(cost, 0.02, a=a, b=b, max_iter=100, impl=impl)
     torch.testing.assert_close(out.plan.sum(1), b, rtol=1e-5, atol=0)
-    assert out.f.isfinite().all() and out.g.isfinite().all()
+    assert out.f.isfinite().all()
+    assert out.g.isfinite().all()
 
 
 @impls
@@ -185,7 +189,8 @@ def test_masses_of_very_different_size(device, impl):
 def test_marginals_of_a_converged_plan(device, impl, shape):
     cost, a, b = problem(*shape, device=device)
     out = sf.sinkhorn(cost, 0.2, a=a, b=b, max_iter=500, tol=1e-6, impl=impl)
-    assert (out.error < 1e-6).all() and (out.iterations < 500).all()
+    assert (out.error < 1e-6).all()
+    assert (out.iterations < 500).all()
     torch.testing.assert_close(out.plan.sum(2), a, rtol=0, atol=1e-6)
     torch.testing.assert_close(out.plan.sum(1), b, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close((b * out.g).sum(1), torch.zeros(shape[0], device=device), rtol=0, atol=1e-6)
@@ -213,7 +218,7 @@ def test_against_pot(device, impl, epsilon):
 def test_each_problem_stops_by_itself(device, impl):
     cost, a, b = problem(5, 16, 24, device=device)
     epsilon = torch.tensor([5.0, 1.0, 0.3, 0.1, 0.05], device=device)
-    options = dict(max_iter=40, tol=1e-3)
+    options = {"max_iter": 40, "tol": 1e-3}
     got = sf.sinkhorn(cost, epsilon, a=a, b=b, impl=impl, **options)
     exact = sf.sinkhorn(
         cost.double(), epsilon.double(), a=a.double(), b=b.double(), impl="reference", **options
@@ -221,7 +226,8 @@ def test_each_problem_stops_by_itself(device, impl):
     assert got.iterations.tolist() == exact.iterations.tolist()
     assert len(set(got.iterations.tolist())) >= 3
     converged = got.iterations < 40
-    assert converged.any() and (got.error[converged] < 1e-3).all()
+    assert converged.any()
+    assert (got.error[converged] < 1e-3).all()
     for n in range(5):
         alone = sf.sinkhorn(cost[n], float(epsilon[n]), a=a[n], b=b[n], impl=impl, **options)
         assert_same_bits(got.plan[n], alone.plan)
@@ -284,11 +290,17 @@ def test_infeasible_rows_and_columns(device, impl):
     out = sf.sinkhorn(cost, 0.1, a=a, b=b, max_iter=20, tol=1e-9, impl=impl)
     assert torch.isinf(out.error).tolist() == [False, True, True, True, False]
     assert not torch.isnan(out.plan).any()
-    assert (out.plan[1, 2] == 0).all() and (out.plan[2, :, 3] == 0).all() and (out.plan[3, 1] == 0).all()
-    assert out.f[1, 2] == INFINITY and out.g[2, 3] == INFINITY and out.f[3, 1] == INFINITY
-    assert out.g[3, 0] == -INFINITY and out.f[4, 2] == -INFINITY
+    assert (out.plan[1, 2] == 0).all()
+    assert (out.plan[2, :, 3] == 0).all()
+    assert (out.plan[3, 1] == 0).all()
+    assert out.f[1, 2] == INFINITY
+    assert out.g[2, 3] == INFINITY
+    assert out.f[3, 1] == INFINITY
+    assert out.g[3, 0] == -INFINITY
+    assert out.f[4, 2] == -INFINITY
     assert (out.iterations[1:4] == 20).all()
-    assert torch.isfinite(out.plan[0]).all() and out.plan[1].sum() > 0
+    assert torch.isfinite(out.plan[0]).all()
+    assert out.plan[1].sum() > 0
     value = sf.sinkhorn_cost(cost, 0.1, a=a, b=b, max_iter=20, impl=impl)
     assert torch.isinf(value).tolist() == [False, True, True, True, False]
 
@@ -297,10 +309,13 @@ def test_infeasible_rows_and_columns(device, impl):
 def test_everything_forbidden(device, impl):
     cost = torch.full((1, 3, 4), INFINITY, device=device)
     out = sf.sinkhorn(cost, 0.1, impl=impl)
-    assert (out.plan == 0).all() and torch.isinf(out.error).all()
-    assert (out.f == INFINITY).all() and (out.g == INFINITY).all()
+    assert (out.plan == 0).all()
+    assert torch.isinf(out.error).all()
+    assert (out.f == INFINITY).all()
+    assert (out.g == INFINITY).all()
     none = sf.sinkhorn(cost, 0.1, a=torch.zeros(1, 3, device=device), impl=impl)
-    assert (none.f == -INFINITY).all() and (none.plan == 0).all()
+    assert (none.f == -INFINITY).all()
+    assert (none.plan == 0).all()
 
 
 @impls
@@ -362,7 +377,7 @@ def test_gradients_match_reference(device, impl, dtype, grad, shape):
 def test_unrolled_gradient_stops_where_each_problem_did(device, impl):
     cost, a, b = problem(3, 6, 8, device=device)
     epsilon = torch.tensor([2.0, 0.3, 0.1], device=device)
-    options = dict(max_iter=9, tol=2e-2, grad="unrolled", impl=impl)
+    options = {"max_iter": 9, "tol": 2e-2, "grad": "unrolled", "impl": impl}
     counts = sf.sinkhorn(cost, epsilon, a=a, b=b, **options).iterations
     assert len(set(counts.tolist())) > 1
     start = torch.rand(3, 8, generator=torch.Generator().manual_seed(1)).to(device)
@@ -442,7 +457,8 @@ def test_implicit_gradient_of_a_plan_in_components(device, impl):
         torch.testing.assert_close(to_cost[:, rows, columns].double(), alone[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(to_a[:, rows].double(), alone[1], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(to_b[:, columns].double(), alone[2], rtol=1e-3, atol=1e-4)
-    assert (to_cost[0, :2, 3:] == 0).all() and (to_cost[0, 2:, :3] == 0).all()
+    assert (to_cost[0, :2, 3:] == 0).all()
+    assert (to_cost[0, 2:, :3] == 0).all()
 
 
 @impls
@@ -453,7 +469,9 @@ def test_gradients_at_a_small_epsilon_are_finite(device, impl):
         lambda c, a, b: weighted(sf.sinkhorn(c, 1e-3, a=a, b=b, max_iter=300, impl=impl)), *inputs
     )
     assert all(torch.isfinite(x).all() for x in found)
-    assert (found[0][0, 1, 2] == 0).all() and found[1][0, 2] == 0 and found[2][0, 3] == 0
+    assert (found[0][0, 1, 2] == 0).all()
+    assert found[1][0, 2] == 0
+    assert found[2][0, 3] == 0
 
 
 @impls
@@ -475,8 +493,11 @@ def test_grad_none(device, impl):
     out = sf.sinkhorn(cost.requires_grad_(), 0.2, a=a.requires_grad_(), b=b, grad="none", impl=impl)
     assert not any(x.requires_grad for x in out)
     with_grad = sf.sinkhorn(cost, 0.2, a=a, b=b, impl=impl)
-    assert with_grad.plan.requires_grad and with_grad.f.requires_grad and with_grad.g.requires_grad
-    assert not with_grad.error.requires_grad and not with_grad.iterations.requires_grad
+    assert with_grad.plan.requires_grad
+    assert with_grad.f.requires_grad
+    assert with_grad.g.requires_grad
+    assert not with_grad.error.requires_grad
+    assert not with_grad.iterations.requires_grad
 
 
 @impls
@@ -490,7 +511,7 @@ def test_one_output_alone(device, impl, grad):
             return (getattr(out, name) * weights(getattr(out, name))).sum()
 
         (got,) = gradients(run, cost)[1]
-        (exact,) = gradients(lambda c: run(c, "reference"), cost.double())[1]  # noqa: B023
+        (exact,) = gradients(lambda c: run(c, "reference"), cost.double())[1]
         torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5)
 
 
@@ -502,7 +523,7 @@ def test_gradcheck_in_float64(device, impl):
     for grad, steps in (("implicit", 400), ("unrolled", 2)):
         torch.autograd.gradcheck(
             lambda c: sf.sinkhorn(c, 0.5, max_iter=steps, grad=grad, impl=impl)[:3],
-            cost,  # noqa: B023
+            cost,
         )
     torch.autograd.gradcheck(lambda c: sf.sinkhorn_cost(c, 0.5, max_iter=400, impl=impl), cost)
     x, y = (torch.randn(1, n, 2, dtype=torch.float64, device=device).requires_grad_() for n in (3, 4))
@@ -759,7 +780,8 @@ def test_nan_in_the_cost_shows(device, impl):
     cost, _, _ = problem(2, 4, 5, device=device, marginals=False)
     cost[0, 1, 2] = math.nan
     out = sf.sinkhorn(cost, 0.1, max_iter=3, impl=impl)
-    assert torch.isnan(out.plan[0]).any() and torch.isfinite(out.plan[1]).all()
+    assert torch.isnan(out.plan[0]).any()
+    assert torch.isfinite(out.plan[1]).all()
 
 
 @kernels
@@ -835,7 +857,7 @@ def test_native_is_the_reference_anywhere(
 
     cost = torch.where(draw(2, rows, columns) < forbidden, INFINITY, draw(2, rows, columns) + offset)
     a, b = (torch.where(draw(2, n) < empty, 0.0, draw(2, n) + 0.01) for n in (rows, columns))
-    options = dict(a=a, b=b, max_iter=iterations)
+    options = {"a": a, "b": b, "max_iter": iterations}
     got = sf.sinkhorn(cost, 10**log_epsilon, impl="native", **options)
     exact = sf.sinkhorn(cost, 10**log_epsilon, impl="reference", **options)
     # A potential of size f is known to eps * f, the plan to that over epsilon.
@@ -851,45 +873,45 @@ def test_native_is_the_reference_anywhere(
 
 COST = torch.rand(2, 3, 4)
 BAD_CALLS = [
-    (dict(cost=[1.0]), TypeError, r"cost must be a tensor, got \[1.0\] of type list"),
+    ({"cost": [1.0]}, TypeError, r"cost must be a tensor, got \[1.0\] of type list"),
     (
-        dict(cost=torch.ones(2, 3, dtype=torch.int64)),
+        {"cost": torch.ones(2, 3, dtype=torch.int64)},
         TypeError,
         "cost must be a tensor of dtype float16.*int64",
     ),
-    (dict(cost=torch.ones(3)), ValueError, r"cost must have shape \[..., K, E\], got a float32 tensor of"),
-    (dict(cost=torch.ones(2, 0, 4)), ValueError, "cost must have at least one row and one column"),
-    (dict(epsilon=0.0), ValueError, "epsilon must be greater than 0, got 0.0"),
-    (dict(epsilon=-1), ValueError, "epsilon must be greater than 0, got -1"),
-    (dict(epsilon=math.nan), ValueError, "epsilon must be finite, got nan"),
-    (dict(epsilon="a"), TypeError, "epsilon must be a number, got 'a' of type str"),
+    ({"cost": torch.ones(3)}, ValueError, r"cost must have shape \[..., K, E\], got a float32 tensor of"),
+    ({"cost": torch.ones(2, 0, 4)}, ValueError, "cost must have at least one row and one column"),
+    ({"epsilon": 0.0}, ValueError, "epsilon must be greater than 0, got 0.0"),
+    ({"epsilon": -1}, ValueError, "epsilon must be greater than 0, got -1"),
+    ({"epsilon": math.nan}, ValueError, "epsilon must be finite, got nan"),
+    ({"epsilon": "a"}, TypeError, "epsilon must be a number, got 'a' of type str"),
     (
-        dict(epsilon=torch.ones(3)),
+        {"epsilon": torch.ones(3)},
         ValueError,
         r"epsilon must have shape \[2\], got a float32 tensor of shape \(3,\)",
     ),
-    (dict(a=torch.ones(2, 4)), ValueError, r"a must have shape \[2, 3\], got .*\(2, 4\)"),
-    (dict(a=torch.ones(3)), ValueError, r"a must have shape \[2, 3\], got .*\(3,\)"),
-    (dict(b=torch.ones(2, 4, dtype=torch.int32)), TypeError, "b must be a tensor of dtype .*int32"),
-    (dict(b=torch.ones(2, 4, device="meta")), ValueError, "b must be on cpu"),
-    (dict(init=torch.ones(2, 3)), ValueError, r"init must have shape \[2, 4\]"),
-    (dict(max_iter=0), ValueError, "max_iter must be at least 1, got 0"),
-    (dict(max_iter=1.5), TypeError, "max_iter must be an integer, got 1.5 of type float"),
-    (dict(tol=-1e-3), ValueError, "tol must be at least 0, got -0.001"),
-    (dict(tol="x"), TypeError, "tol must be a number"),
-    (dict(grad="exact"), ValueError, "grad must be one of 'implicit', 'unrolled', 'none', got 'exact'"),
-    (dict(impl="fast"), ValueError, "impl must be one of .* got 'fast'"),
+    ({"a": torch.ones(2, 4)}, ValueError, r"a must have shape \[2, 3\], got .*\(2, 4\)"),
+    ({"a": torch.ones(3)}, ValueError, r"a must have shape \[2, 3\], got .*\(3,\)"),
+    ({"b": torch.ones(2, 4, dtype=torch.int32)}, TypeError, "b must be a tensor of dtype .*int32"),
+    ({"b": torch.ones(2, 4, device="meta")}, ValueError, "b must be on cpu"),
+    ({"init": torch.ones(2, 3)}, ValueError, r"init must have shape \[2, 4\]"),
+    ({"max_iter": 0}, ValueError, "max_iter must be at least 1, got 0"),
+    ({"max_iter": 1.5}, TypeError, "max_iter must be an integer, got 1.5 of type float"),
+    ({"tol": -1e-3}, ValueError, "tol must be at least 0, got -0.001"),
+    ({"tol": "x"}, TypeError, "tol must be a number"),
+    ({"grad": "exact"}, ValueError, "grad must be one of 'implicit', 'unrolled', 'none', got 'exact'"),
+    ({"impl": "fast"}, ValueError, "impl must be one of .* got 'fast'"),
 ]
 BAD_VALUES = [
     (
-        dict(cost=torch.full((2, 3, 4), math.nan)),
+        {"cost": torch.full((2, 3, 4), math.nan)},
         r"cost must be finite or \+inf, got nan at index \(0, 0, 0\)",
     ),
-    (dict(cost=torch.full((2, 3, 4), -INFINITY)), r"cost must be finite or \+inf, got -inf"),
-    (dict(a=torch.tensor([[-0.5, 1.0, 0.5]] * 2)), "a must be at least 0, got -0.5"),
-    (dict(b=torch.full((2, 4), math.nan)), "b must be finite, got nan at index"),
-    (dict(epsilon=torch.tensor([1.0, -2.0])), "epsilon must be finite and greater than 0, got -2"),
-    (dict(a=torch.ones(2, 3)), "a and b must hold the same mass in every problem, they differ by 2"),
+    ({"cost": torch.full((2, 3, 4), -INFINITY)}, r"cost must be finite or \+inf, got -inf"),
+    ({"a": torch.tensor([[-0.5, 1.0, 0.5]] * 2)}, "a must be at least 0, got -0.5"),
+    ({"b": torch.full((2, 4), math.nan)}, "b must be finite, got nan at index"),
+    ({"epsilon": torch.tensor([1.0, -2.0])}, "epsilon must be finite and greater than 0, got -2"),
+    ({"a": torch.ones(2, 3)}, "a and b must hold the same mass in every problem, they differ by 2"),
 ]
 
 
