@@ -36,7 +36,7 @@ def fingerprint(root: Path) -> str:
 def file_states(root: Path) -> list[tuple[str, int, int]]:
     """Name, size in bytes and time in nanoseconds of the files in the folder, or of the one file, `root`."""
     if not root.is_dir():
-        files = {root.name: root}
+        files = {".": root}
     else:
         inside = ((p.relative_to(root).as_posix(), p) for p in root.rglob("*"))
         files = {name: path for name, path in inside if not is_junk(name) and path.is_file()}
@@ -44,8 +44,11 @@ def file_states(root: Path) -> list[tuple[str, int, int]]:
     return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
 
 
-def load_image_cache(kind: type[Images], name: str, root: Path, size: int) -> Images | None:
-    """What `prepare` cached; None where it did not, or the files have changed since (with a warning)."""
+def load_image_cache(kind: type[Images], name: str, root: Path, size: int, **made_with: str) -> Images | None:
+    """What `prepare` cached; None where it did not, or the files have changed since (with a warning).
+
+    made_with: what the cache's `info` must say, else it is passed over: it is of another rendering.
+    """
     path = image_cache_path(name, root, size)
     if not path.is_dir():
         return None
@@ -53,6 +56,8 @@ def load_image_cache(kind: type[Images], name: str, root: Path, size: int) -> Im
         images = kind.load(path)
     except ValueError as error:
         warnings.warn(f"cache passed over: {error}", RuntimeWarning, stacklevel=3)
+        return None
+    if any(images.info.get(key) != value for key, value in made_with.items()):
         return None
     if images.info.get("fingerprint") != fingerprint(root):
         warnings.warn(

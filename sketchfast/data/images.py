@@ -64,7 +64,8 @@ class ImageSet(Dataset[tuple[NDArray[np.uint8], int]]):
         if self.labels.ndim != 1 or self.labels.dtype != np.int64:
             raise ValueError(f"labels must be int64 [N], got {self.labels.dtype} {list(self.labels.shape)}")
         count, shape = len(self.labels), self.images.shape
-        if self.images.dtype != np.uint8 or len(shape) != 4 or shape[0] != count or shape[3] != 3:
+        wanted = len(shape) == 4 and shape[0] == count and min(shape[1:3]) > 0 and shape[3] == 3
+        if self.images.dtype != np.uint8 or not wanted:
             raise ValueError(
                 f"images must be uint8 [{count}, H, W, 3], got {self.images.dtype} {list(shape)}"
             )
@@ -256,12 +257,13 @@ class SketchPhotoSet:
             train, self.sketches.subset(is_query), self.photos, f"unsupervised-{wanted}-seed{seed}"
         )
 
-    def split_zero_shot(self, test_classes: Sequence[str]) -> RetrievalSplit:
+    def split_zero_shot(self, test_classes: Sequence[str], name: str | None = None) -> RetrievalSplit:
         """The zero-shot protocol: train on both domains of the classes not in `test_classes`, and retrieve
         the photos of `test_classes` by their sketches.
 
         The class names of `train` are the other classes in this set's order, of query and gallery
-        `test_classes` in the order given: labels of the two do not compare. Lists: `data/splits.py`.
+        `test_classes` in the order given: labels of the two do not compare. Lists: `data/splits.py`. name: of
+        the split, by default "zero-shot-<train classes>-<test classes>".
 
         Raises ValueError for a class that is not there, is named twice, or if none is left to train on.
         """
@@ -276,7 +278,7 @@ class SketchPhotoSet:
             self.select_classes(others),
             self.sketches.select_classes(test_classes),
             self.photos.select_classes(test_classes),
-            f"zero-shot-{len(others)}-{len(test_classes)}",
+            name or f"zero-shot-{len(others)}-{len(test_classes)}",
         )
 
     def save(self, path: str | Path) -> None:
@@ -416,20 +418,15 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def create_images(folder: Path, count: int, size: int) -> NDArray[np.uint8]:
-    """A writable memory map [count, size, size, 3] of a new `images.npy` in `folder`."""
-    shape = (count, size, size, 3)
-    if not count:  # an empty file cannot be mapped
-        np.save(folder / _IMAGES_FILE, np.zeros(shape, np.uint8))
-        return np.zeros(shape, np.uint8)
+    """A writable memory map [max(count, 1), size, size, 3] of a new `images.npy` in `folder`."""
+    shape = (max(count, 1), size, size, 3)  # an empty file cannot be mapped
     return np.lib.format.open_memmap(folder / _IMAGES_FILE, "w+", np.uint8, shape)
 
 
 def write_images(folder: Path, images: NDArray[np.uint8]) -> None:
     """Writes `images` as the `images.npy` of `folder`, a part at a time."""
-    if not images.size:
-        np.save(folder / _IMAGES_FILE, images)
-        return
-    target = np.lib.format.open_memmap(folder / _IMAGES_FILE, "w+", np.uint8, images.shape)
+    shape = (max(len(images), 1), *images.shape[1:])  # an empty file cannot be mapped
+    target = np.lib.format.open_memmap(folder / _IMAGES_FILE, "w+", np.uint8, shape)
     for start in range(0, len(images), _COPY_ROWS):
         target[start : start + _COPY_ROWS] = images[start : start + _COPY_ROWS]
     target.flush()
@@ -437,12 +434,7 @@ def write_images(folder: Path, images: NDArray[np.uint8]) -> None:
 
 def _map_images(path: Path, count: int) -> NDArray[np.uint8]:
     """The first `count` images of the file, which has room for those that turned out broken."""
-    try:
-        images = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        if "mmap" not in str(error) and "empty" not in str(error):
-            raise
-        images = np.load(path, allow_pickle=False)  # no images
+    images = np.load(path, mmap_mode="r", allow_pickle=False)
     if len(images) < count:
         raise ValueError(f"{path.name} holds {len(images)} images, {count} are needed")
     return images[:count]
@@ -452,7 +444,7 @@ def _map_images(path: Path, count: int) -> NDArray[np.uint8]:
 
 
 class ImageFile(NamedTuple):
-    """A file of a `Tree`, the class it belongs to and its name without suffix."""
+    """The file `path` of a `Tree`, the class it belongs to and its name in it."""
 
     path: str
     class_name: str
@@ -463,15 +455,40 @@ class ImageFile(NamedTuple):
         return f"{self.class_name}/{self.stem}"
 
 
-def image_file(path: str, class_name: str | None = None) -> ImageFile:
-    """`<...>/<class>/<stem>.<suffix>` as an ImageFile."""
-    parts = PurePosixPath(path)
-    return ImageFile(path, parts.parent.name if class_name is None else class_name, parts.stem)
+def inside(tree: Tree, folder: str) -> Iterator[tuple[str, str, str]]:
+    """Path, class and file name of every `[...]/<folder>/<class>/<file>`; the tree may be `folder` itself."""
+    above = (folder,) if tree.path.name == folder else ()
+    for path in tree.names:
+        parts = (*above, *PurePosixPath(path).parts)
+        if len(parts) >= 3 and parts[-3] == folder:
+            yield path, parts[-2], parts[-1]
 
 
-def is_image_name(path: str) -> bool:
-    """Whether the file's name ends as an image's does."""
-    return PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES
+def find_images(tree: Tree, *folders: str) -> tuple[list[ImageFile], dict[str, int]]:
+    """The images `[...]/<folders>/<class>/<file>` of a tree, in order, and what else lies there, by reason.
+
+    Raises ValueError where the same file of a class is there twice: in two copies of the data set.
+    """
+    found: dict[tuple[str, str], str] = {}
+    passed_over: dict[str, int] = {}
+    for path in tree.names:
+        parts = PurePosixPath(path).parts
+        if len(parts) < len(folders) + 2:
+            continue
+        *above, class_name, file_name = parts[-len(folders) - 2 :]
+        if tuple(above) != folders:
+            continue
+        if PurePosixPath(file_name).suffix.lower() not in IMAGE_SUFFIXES:
+            add_counts(passed_over, {"not an image": 1})
+            continue
+        if (twin := found.setdefault((class_name, file_name), path)) != path:
+            raise ValueError(f"root: {tree.path} holds {class_name}/{file_name} twice: {twin}, {path}")
+    files: dict[tuple[str, str], ImageFile] = {}
+    for (class_name, file_name), path in sorted(found.items()):
+        stem = PurePosixPath(file_name).stem
+        name = file_name if (class_name, stem) in files else stem  # a.jpg and a.png stay apart
+        files[class_name, name] = ImageFile(path, class_name, name)
+    return list(files.values()), passed_over
 
 
 def decode_image(data: bytes, size: int) -> NDArray[np.uint8]:

@@ -18,12 +18,10 @@ from .cache import load_image_cache
 from .dataset import add_counts
 from .images import (
     DEFAULT_SIZE,
-    ImageFile,
     ImageSet,
     SketchPhotoSet,
     domain_folder,
-    image_file,
-    is_image_name,
+    find_images,
     join_domains,
     pair_names,
     read_images,
@@ -44,7 +42,7 @@ def load_sketch_photo(
 
     root: what holds `sketch/` and `photo/`, or the folder above it. size: side in pixels, reduced with
     antialiasing. cache: use what `sketchfast data prepare sketch_photo ROOT --size SIZE` wrote, if it still
-    fits. A class is whatever has a folder in either domain, in order of name. Files that cannot be read are
+    fits. A class is whatever has an image in either domain, in order of name. Files that cannot be read are
     left out and counted.
 
     Raises FileNotFoundError, LayoutError (a ValueError) with the expected tree.
@@ -61,7 +59,7 @@ def read_sketch_photo(
     """`load_sketch_photo` from the files. folder: where the images are written to, see `read_images`."""
     path, size = existing_path(root), check_integer("size", size, 1)
     with open_tree(path) as tree:
-        found = {domain: _domain_files(tree, name) for domain, name in _DOMAINS.items()}
+        found = {domain: find_images(tree, name) for domain, name in _DOMAINS.items()}
         if not all(files for files, _ in found.values()):
             raise layout_error(path, EXPECTED, tree.names)
         class_names = sorted({file.class_name for files, _ in found.values() for file in files})
@@ -73,7 +71,7 @@ def read_sketch_photo(
                 class_names,
                 size,
                 folder=domain_folder(folder, domain),
-                description=f"{domain}",
+                description=domain,
                 progress=progress,
             )
             add_counts(domains[domain].skipped, passed_over)
@@ -82,21 +80,6 @@ def read_sketch_photo(
     result = join_domains(domains["sketches"], domains["photos"], pairs, info)
     add_counts(result.skipped, unusable)
     return result
-
-
-def _domain_files(tree: Tree, domain: str) -> tuple[list[ImageFile], dict[str, int]]:
-    """The images `[...]/<domain>/<class>/<file>`, and what else lies there."""
-    files: list[ImageFile] = []
-    passed_over: dict[str, int] = {}
-    for name in tree.names:
-        parts = PurePosixPath(name).parts
-        if len(parts) not in (3, 4) or parts[-3] != domain:
-            continue
-        if is_image_name(name):
-            files.append(image_file(name))
-        else:
-            add_counts(passed_over, {"not an image": 1})
-    return files, passed_over
 
 
 def _read_pairs(tree: Tree, sketches: ImageSet, photos: ImageSet) -> tuple[NDArray[np.int64], dict[str, int]]:
@@ -113,9 +96,15 @@ def _read_pairs(tree: Tree, sketches: ImageSet, photos: ImageSet) -> tuple[NDArr
     photo_of: dict[str, str] = {}
     for entry in entries:
         try:
-            photo_of[image_file(entry["sketch"]).name] = image_file(entry["photo"]).name
+            photo_of[_image_name(entry["sketch"])] = _image_name(entry["photo"])
         except (KeyError, TypeError):
             continue  # counted below, as a pair not there
     pairs = pair_names(sketches, photos, photo_of.get)
     missing = len(entries) - int((pairs >= 0).sum())
     return pairs, {"pair without its files": missing} if missing else {}
+
+
+def _image_name(path: str) -> str:
+    """`sketch/dog/a-1.png` as "dog/a-1"."""
+    parts = PurePosixPath(path)
+    return f"{parts.parent.name}/{parts.stem}"
