@@ -154,7 +154,7 @@ class ImageSet(Dataset[tuple[NDArray[np.uint8], int]]):
                 extra={k.removeprefix("extra_"): v for k, v in arrays.items() if k.startswith("extra_")},
                 **_common(header),
             )
-        except (ValueError, TypeError, KeyError, OSError) as error:
+        except (ValueError, TypeError, KeyError, *READ_ERRORS) as error:
             raise ValueError(f"path: {path} is no readable cache: {error}") from error
 
     def __getstate__(self) -> dict[str, Any]:
