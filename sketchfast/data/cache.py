@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
 
-from .archive import is_junk
+from .archive import walk_files
 from .images import ImageSet, SketchPhotoSet
 
 Images = TypeVar("Images", ImageSet, SketchPhotoSet)
@@ -35,12 +36,8 @@ def fingerprint(root: Path) -> str:
 
 def file_states(root: Path) -> list[tuple[str, int, int]]:
     """Name, size in bytes and time in nanoseconds of the files in the folder, or of the one file, `root`."""
-    if not root.is_dir():
-        files = {".": root}
-    else:
-        inside = ((p.relative_to(root).as_posix(), p) for p in root.rglob("*"))
-        files = {name: path for name, path in inside if not is_junk(name) and path.is_file()}
-    states = ((name, files[name].stat()) for name in sorted(files))
+    entries = sorted(walk_files(root), key=itemgetter(0)) if root.is_dir() else [(".", root)]
+    states = ((name, entry.stat()) for name, entry in entries)
     return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
 
 

@@ -31,8 +31,8 @@ from .dataset import _row_index, add_counts, class_index, read_npz, track, write
 
 #: Side of the images the readers give, in pixels: what PM-JDOT trains on (section 4.1).
 DEFAULT_SIZE = 96
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
-_IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP")  # what is in the file; its name may lie
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
+_IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF")  # what is in the file; its name may lie
 _IMAGES_FILE, _FIELDS_FILE = "images.npy", "fields.npz"
 _COPY_ROWS = 4096  # images copied at once from one file to another: bounds the memory
 

@@ -298,13 +298,14 @@ def procedural_sketch_photo(
     """Rendered photos, and drawings of the same instances by different hands: every sketch has its pair.
 
     instances_per_class, classes: how many from the front, or which, as in `procedural`. size: side of both in
-    pixels; a drawing fills its image but for 4 %, wherever the object lies in its photo. styles: the sketches
-    are in the drawing styles 1 to `styles`, in turn along instances and sketches; more
+    pixels; a drawing fills its image but for a margin of 4 %, wherever the object lies in its photo. styles:
+    the sketches are in the drawing styles 1 to `styles`, in turn along instances and sketches; more
     `sketches_per_instance` (at most `styles`) are of different styles. Of sketches, `extra` has instance and
-    style, of photos instance. A picture depends on (seed, class, instance, style, size) alone, but for the
-    style's turn.
+    style, of photos instance. A picture depends on (seed, class, instance, style, size) alone; which style a
+    sketch has, on instance, `sketches_per_instance` and `styles`.
 
-    1,000 pairs of 96 pixels take about 3 s on one core with the native raster. Raises as `procedural`.
+    The sketches want the native raster: without it they take far longer than the photos. Raises as
+    `procedural`.
     """
     names = _class_names(classes)
     instances = np.array(_numbers("instances_per_class", instances_per_class), np.int64)

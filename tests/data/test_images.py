@@ -14,6 +14,7 @@ from image_trees import broken_files, picture, write_tree
 from PIL import Image
 
 from sketchfast.data.archive import open_tree
+from sketchfast.data.cache import file_states
 from sketchfast.data.images import (
     ImageSet,
     RetrievalSplit,
@@ -198,6 +199,7 @@ def test_zero_shot_split_is_disjoint_and_complete():
         for name, label in zip(part.names, part.labels, strict=True):
             assert part.class_names[label] == f"class {name[0]}"
     assert split.name == "zero-shot-2-2"
+    assert data.split_zero_shot(["class 1"], name="sketchy-21").name == "sketchy-21"
     for classes in ([], data.class_names):
         with pytest.raises(ValueError, match="test_classes must be some, not all, of the 4 classes"):
             data.split_zero_shot(classes)
@@ -364,3 +366,18 @@ def test_files_of_one_stem_stay_apart_and_copies_are_refused(tmp_path):
     message = r"holds cat/a.jpg twice: x/set/cat/a.jpg, y/set/cat/a.jpg"
     with open_tree(write_tree(tmp_path / "two", twice)) as tree, pytest.raises(ValueError, match=message):
         find_images(tree, "set")
+
+
+def test_a_folder_is_walked_without_junk_and_without_following_links(tmp_path):
+    root = write_tree(
+        tmp_path / "root",
+        {"a/1.png": b"", "a/.hidden": b"", ".cache/2.png": b"", "a/__MACOSX/3.png": b"", "a/.b/4.png": b""},
+    )
+    outside = write_tree(tmp_path / "outside", {"5.png": b"55"})
+    (root / "loop").symlink_to(root)
+    (root / "a" / "link.png").symlink_to(outside / "5.png")
+    (root / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
+    with open_tree(root) as tree:
+        assert tree.names == ["a/1.png", "a/link.png"]
+        assert tree.read("a/link.png") == b"55"
+    assert [state[:2] for state in file_states(root)] == [("a/1.png", 0), ("a/link.png", 2)]
