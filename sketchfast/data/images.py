@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import warnings
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,9 +27,9 @@ from torch.utils.data import Dataset
 
 from ..ops._contract import check_integer
 from .archive import READ_ERRORS, Tree
-from .dataset import _row_index, add_counts, class_index, read_npz, track, write_npz
+from .dataset import CACHE_VERSION, _row_index, add_counts, class_index, read_npz, track, write_npz
 
-#: Side of the images the readers give, in pixels: what PM-JDOT trains on (section 4.1).
+#: Side of the images the readers give, in pixels: what PM-JDOT trains on (section 4.2.1).
 DEFAULT_SIZE = 96
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 _IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF")  # what is in the file; its name may lie
@@ -230,7 +230,7 @@ class SketchPhotoSet:
         )
 
     def split_unsupervised(self, queries_per_class: int, seed: int = 0) -> RetrievalSplit:
-        """The unsupervised protocol of Liu et al. (2017) that PM-JDOT follows (section 4.2).
+        """The unsupervised protocol of Liu et al. (2017) that PM-JDOT follows (section 4.2.1).
 
         query: `queries_per_class` sketches of each class, drawn by (seed, class name) alone; train: all other
         sketches and all photos; gallery: all photos. The paper takes 50 (Sketchy-Extended), 10
@@ -326,8 +326,7 @@ def _check_names(field_name: str, names: Any) -> None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"{field_name} must be a list of str, got {type(names).__name__}")
     if len(set(names)) != len(names):
-        seen: set[str] = set()
-        twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        twice = Counter(names).most_common(1)[0][0]
         raise ValueError(f"{field_name} must be different from each other, got {twice!r} twice")
 
 
@@ -374,7 +373,7 @@ def _map_place(images: NDArray[np.uint8]) -> _MapPlace | None:
 
 def _header(data: ImageSet | SketchPhotoSet, **more: Any) -> dict[str, Any]:
     return {
-        "version": 1,
+        "version": CACHE_VERSION,
         "class_names": data.class_names,
         "skipped": data.skipped,
         "info": data.info,

@@ -24,7 +24,7 @@ import numpy as np
 from ..ops._contract import check_integer
 from .dataset import class_index
 
-#: Sketches of each class that are queries in the unsupervised protocol (PM-JDOT section 4.2).
+#: Sketches of each class that are queries in the unsupervised protocol (PM-JDOT section 4.2.1).
 QUERIES_PER_CLASS = {"sketchy": 50, "sketchy_extended": 50, "tuberlin_extended": 10}
 
 

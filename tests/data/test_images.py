@@ -176,6 +176,13 @@ def test_unsupervised_split_of_a_class_does_not_depend_on_the_others():
     assert alone == [n for n in data.split_unsupervised(2).query.names if n.startswith("1/")]
 
 
+def test_unsupervised_split_draws_each_class_for_itself():
+    sketches, photos = image_set([10] * 8), image_set([1] * 8)
+    data = join_domains(sketches, photos, np.full(80, -1), {})
+    places = data.split_unsupervised(3).query.extra["row"].reshape(8, 3) % 10
+    assert len({tuple(sorted(row)) for row in places.tolist()}) > 1
+
+
 def test_unsupervised_split_leaves_something_to_train_on():
     with pytest.raises(
         ValueError, match=r"queries_per_class must leave class 'class 2' a sketch .* has 3, got 3"
