@@ -508,20 +508,42 @@ def _write_sketch(sketch: Any, size: int, scale: int, svg: Path, png: Path) -> N
 
 
 def data_command(args: Sequence[str]) -> int:
-    usage = "sketchfast data prepare NAME ROOT"
+    usage = "sketchfast data prepare NAME ROOT [--size PIXELS]"
     if not args or _wants_help(args):
-        print(f"usage: {usage}\n\nRead a downloaded data set once into a packed cache beside it.")
+        print(
+            f"usage: {usage}\n\nRead a downloaded data set once into a packed cache beside it.\n"
+            "--size: side of the images in pixels (image data sets only)."
+        )
         return 0
     if args[0] != "prepare":
         raise UsageError(f"data has the command prepare, got {args[0]!r}; usage: {usage}")
     name, root = _positionals(args[1:], ("NAME", "ROOT"), "sketchfast data prepare")
-    _refuse(args[3:], usage)
+    size = _size_flag(args[3:], usage)
     from .data.prepare import prepare
 
-    path, drawings = prepare(name, Path(root), progress=True)
-    skipped = ", ".join(f"{count} {reason}" for reason, count in drawings.skipped.items()) or "none"
-    print(f"{len(drawings)} drawings of {len(drawings.class_names)} classes, skipped: {skipped}\n{path}")
+    path, data = prepare(name, Path(root), size=size, progress=True)
+    skipped = ", ".join(f"{count} {reason}" for reason, count in data.skipped.items()) or "none"
+    print(f"{_contents(data)} of {len(data.class_names)} classes, skipped: {skipped}\n{path}")
     return 0
+
+
+def _size_flag(flags: Sequence[str], usage: str) -> int | None:
+    """The value of `--size PIXELS` or `--size=PIXELS`, the only flag there may be."""
+    words = [word for flag in flags for word in flag.split("=", 1)]
+    if words[:1] != ["--size"]:
+        _refuse(words, usage)
+        return None
+    if len(words) != 2 or not words[1].isdecimal():
+        raise UsageError(f"--size must be a number of pixels, got {' '.join(words[1:])!r}; usage: {usage}")
+    return int(words[1])
+
+
+def _contents(data: Any) -> str:
+    """How much a data set holds: strokes, images of one domain, or sketches and photos."""
+    if hasattr(data, "pairs"):
+        paired = int((data.pairs >= 0).sum())
+        return f"{len(data.sketches)} sketches ({paired} with their photo) and {len(data.photos)} photos"
+    return f"{len(data)} {'images' if hasattr(data, 'images') else 'drawings'}"
 
 
 def _refuse(extra: Sequence[str], usage: str) -> None:

@@ -233,6 +233,23 @@ def test_prepared_data_is_used_until_its_files_change(tmp_path, capfd):
         assert load_prepared("quickdraw", tmp_path) is None
 
 
+def test_image_sets_are_prepared_as_they_are_read(tmp_path, capfd):
+    from PIL import Image
+
+    from sketchfast.data.sketch_photo import load_sketch_photo
+
+    root = tmp_path / "set"
+    for name, value in [("sketch/cat/a-1.png", 255), ("photo/cat/a.jpg", 90)]:
+        (root / name).parent.mkdir(parents=True)
+        Image.new("RGB", (20, 20), (value,) * 3).save(root / name)
+    (root / "sketchy_pairs.json").write_text('[{"sketch": "sketch/cat/a-1.png", "photo": "photo/cat/a.jpg"}]')
+    assert main(["data", "prepare", "sketch_photo", str(root), "--size=10"]) == 0
+    out = capfd.readouterr().out
+    assert "1 sketches (1 with their photo) and 1 photos of 1 classes, skipped: none" in out
+    assert str(root / ".sketchfast-sketch_photo-10") in out
+    assert isinstance(load_sketch_photo(root, size=10).photos.images, np.memmap)
+
+
 # --- report -----------------------------------------------------------------------------------------------
 
 
@@ -316,9 +333,19 @@ def test_mistakes_end_in_one_line_and_code_2(run, tmp_path, capfd):
         ("draw", empty, image): "is not a run folder",
         ("draw", run, text): "cannot identify image file",
         ("data", "fetch", "x"): "data has the command prepare",
-        ("data", "prepare", "nothing", empty): "name must be one of omniglot, quickdraw, got 'nothing'",
+        ("data", "prepare", "nothing", empty): "name must be one of omniglot, quickdraw, sketch_photo",
         ("data", "prepare", "quickdraw"): "ROOT is missing",
         ("data", "prepare", "quickdraw", empty, "--bogus", "x"): "'--bogus' is not understood",
+        (
+            "data",
+            "prepare",
+            "sketchy",
+            empty,
+            "--size",
+            "big",
+        ): "--size must be a number of pixels, got 'big'",
+        ("data", "prepare", "sketchy", empty, "--size"): "--size must be a number of pixels",
+        ("data", "prepare", "quickdraw", empty, "--size", "8"): "size must be None for strokes",
         ("info", "--nonsense"): "'--nonsense' is not understood",
     }
     for args, message in cases.items():

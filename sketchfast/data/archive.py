@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import lzma
+import os
 import struct
 import tokenize
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import TracebackType
 
 #: What reading one file of a damaged archive or disk may raise; readers count the file and go on.
@@ -35,7 +36,8 @@ class LayoutError(ValueError):
 
 def is_junk(name: str) -> bool:
     """Whether `name` is what file managers leave behind (`__MACOSX`, `.DS_Store`, `._x`, `Thumbs.db`)."""
-    return any(p == "__MACOSX" or p.startswith(".") or p == "Thumbs.db" for p in PurePosixPath(name).parts)
+    hidden = (part.startswith(".") and part != "." for part in name.split("/"))
+    return any(hidden) or not {"__MACOSX", "Thumbs.db"}.isdisjoint(name.split("/"))
 
 
 def layout_error(root: Path, expected: str, found: Iterable[str] = ()) -> LayoutError:
@@ -43,6 +45,21 @@ def layout_error(root: Path, expected: str, found: Iterable[str] = ()) -> Layout
     names = list(found)
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing usable"
     return LayoutError(f"root: {root} holds no such files.\nExpected:\n{expected}\nFound: {shown}")
+
+
+def walk_files(folder: str | Path, above: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Relative POSIX name and entry of every file under `folder`, without junk; links to folders are not
+    followed, and folders that may not be read are passed over."""
+    try:
+        with os.scandir(folder) as found:
+            entries = [entry for entry in found if not is_junk(entry.name)]
+    except OSError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from walk_files(entry.path, f"{above}{entry.name}/")
+        elif entry.is_file():
+            yield above + entry.name, entry
 
 
 class Tree(ABC):
@@ -72,7 +89,7 @@ class FolderTree(Tree):
     """The files under a folder."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path, (p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()))
+        super().__init__(path, (name for name, _ in walk_files(path)))
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
