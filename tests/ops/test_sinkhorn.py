@@ -522,7 +522,7 @@ def test_gradcheck_in_float64(device, impl):
     cost = cost.requires_grad_()
     for grad, steps in (("implicit", 400), ("unrolled", 2)):
         torch.autograd.gradcheck(
-            lambda c: sf.sinkhorn(c, 0.5, max_iter=steps, grad=grad, impl=impl)[:3],
+            lambda c, steps=steps, grad=grad: sf.sinkhorn(c, 0.5, max_iter=steps, grad=grad, impl=impl)[:3],
             cost,
         )
     torch.autograd.gradcheck(lambda c: sf.sinkhorn_cost(c, 0.5, max_iter=400, impl=impl), cost)
