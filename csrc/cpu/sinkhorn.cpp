@@ -113,22 +113,44 @@ class FlushSubnormals {
 template <typename real>
 using Vec = typename Simd<real>::V;
 
-typedef float HalfFloatV __attribute__((vector_size(kVectorBytes / 2)));
+// Half as many floats as a vector holds, in double and back; GCC's own conversion takes twice the
+// instructions.
+SKETCHFAST_INLINE DoubleV widen_half(const float* from) {
+#if defined(SKETCHFAST_ISA_avx512)
+  return (DoubleV)_mm512_cvtps_pd(_mm256_loadu_ps(from));
+#elif defined(SKETCHFAST_ISA_avx2)
+  return (DoubleV)_mm256_cvtps_pd(_mm_loadu_ps(from));
+#else
+  DoubleV v;
+  for (int t = 0; t < kLanes<double>; ++t) v[t] = from[t];
+  return v;
+#endif
+}
+SKETCHFAST_INLINE FloatV narrow_halves(DoubleV low, DoubleV high) {
+#if defined(SKETCHFAST_ISA_avx512)
+  const __m256 halves[2] = {_mm512_maskz_cvtpd_ps(0xff, (__m512d)low),
+                            _mm512_maskz_cvtpd_ps(0xff, (__m512d)high)};
+  return (FloatV)_mm512_insertf32x8(_mm512_castps256_ps512(halves[0]), halves[1], 1);
+#elif defined(SKETCHFAST_ISA_avx2)
+  return (FloatV)_mm256_set_m128(_mm256_cvtpd_ps((__m256d)high), _mm256_cvtpd_ps((__m256d)low));
+#else
+  FloatV v;
+  for (int t = 0; t < kLanes<double>; ++t) {
+    v[t] = float(low[t]);
+    v[t + kLanes<double>] = float(high[t]);
+  }
+  return v;
+#endif
+}
 
 // base + (lane of added) - c * inverse in double, rounded to the type of c: potentials in float
 // would lose what small epsilons ask for.
 SKETCHFAST_INLINE FloatV exponent(double base, const double* added, const float* c,
                                   double inverse) {
   constexpr int half = kLanes<double>;
-  DoubleV low = __builtin_convertvector(load<HalfFloatV>(c), DoubleV);
-  DoubleV high = __builtin_convertvector(load<HalfFloatV>(c + half), DoubleV);
-  low = (base + load<DoubleV>(added)) - low * inverse;
-  high = (base + load<DoubleV>(added + half)) - high * inverse;
-  const HalfFloatV parts[2] = {__builtin_convertvector(low, HalfFloatV),
-                               __builtin_convertvector(high, HalfFloatV)};
-  FloatV result;
-  std::memcpy(&result, parts, sizeof(result));
-  return result;
+  const DoubleV low = (base + load<DoubleV>(added)) - widen_half(c) * inverse;
+  const DoubleV high = (base + load<DoubleV>(added + half)) - widen_half(c + half) * inverse;
+  return narrow_halves(low, high);
 }
 SKETCHFAST_INLINE DoubleV exponent(double base, const double* added, const double* c,
                                    double inverse) {
@@ -274,6 +296,8 @@ class Solver {
         live_b_(arena_.take<real>(to_.padded_columns)),
         v_(arena_.take<real>(to_.padded_columns)),
         phi_(arena_.take<double>(to_.padded_rows)),
+        row_max_(arena_.take<double>(to_.padded_rows)),
+        minus_max_(arena_.take<double>(to_.padded_rows)),
         gamma_(arena_.take<double>(to_.padded_columns)),
         zeros_(arena_.take<double>(to_.width)),
         parts_(arena_.take<real>(to_.slots * to_.padded_rows * lanes)),
@@ -289,7 +313,7 @@ class Solver {
 
   void solve(int64_t problem, const Results& results) {
     start(problem);
-    iterate(batch_.max_iter, [](int64_t) {});
+    iterate();
     write(results);
   }
 
@@ -300,7 +324,7 @@ class Solver {
     const auto reals = [](int64_t count) { return Arena::bytes_of<real>(count); };
     const auto doubles = [](int64_t count) { return Arena::bytes_of<double>(count); };
     return reals(to.kernel_size()) + 4 * reals(to.padded_rows) + 3 * reals(to.padded_columns) +
-           doubles(to.padded_rows) + doubles(to.padded_columns) + doubles(to.width) +
+           3 * doubles(to.padded_rows) + doubles(to.padded_columns) + doubles(to.width) +
            2 * reals(to.slots * to.padded_rows * lanes) + doubles(to.slots * 8) +
            reals(to.slots * to.rows * to.width) + reals(to.slots * to.dimensions * to.width);
   }
@@ -332,17 +356,13 @@ class Solver {
     }
   }
 
-  // Runs the iterations; `visit(n)` after each, its potentials absorbed where `visit` needs them.
-  template <typename Visit>
-  void iterate(int64_t max_iter, Visit visit) {
-    log_rows();
-    log_columns();
-    for (iterations_ = 1;; ++iterations_) {
-      visit(iterations_);
+  void iterate() {
+    first_rows();
+    for (iterations_ = 0;; ++iterations_) {
       add_parts();
-      if (batch_.tol >= 0 || iterations_ == max_iter) {
+      if (iterations_ > 0 && (batch_.tol >= 0 || iterations_ == batch_.max_iter)) {
         error_ = row_error();
-        if (error_ < batch_.tol || iterations_ == max_iter) return;
+        if (error_ < batch_.tol || iterations_ == batch_.max_iter) return;
       }
       if (next_scales()) {
         std::swap(u_, next_u_);
@@ -453,67 +473,92 @@ class Solver {
       for (int q = 0; q < Q; ++q) store(to + (r * Q + q) * lanes, sum[r][q]);
   }
 
-  // phi from gamma, in log form: u is 1 afterwards, and K~ out of date.
-  void log_rows() {
+  // The largest gamma_j - C_ij / epsilon of every row, to the type's own precision.
+  void row_maxima() {
     for_slots([&](int64_t slot) {
       with_width([&](auto vectors) {
         constexpr int Q = decltype(vectors)::value;
-        real *sums = parts_of(slot), *largest = largest_of(slot);
-        fill(sums, to_.rows * lanes, real(0));
+        real *largest = largest_of(slot), *costs = scratch_ + slot * to_.rows * to_.width;
         fill(largest, to_.rows * lanes, real(-kInfinity));
-        real* costs = scratch_ + slot * to_.rows * to_.width;
         for_tiles(slot, [&](int64_t tile) {
           load_costs(tile, slot, costs);
-          for (int64_t i = 0; i < to_.rows; ++i)
-            log_row<Q>(costs + i * to_.width, gamma_ + tile * to_.width, sums + i * lanes,
-                       largest + i * lanes);
+          for (int64_t i = 0; i < to_.rows; ++i) {
+            V top = load<V>(largest + i * lanes);
+            for (int q = 0; q < Q; ++q) {
+              const V z = exponent(0.0, gamma_ + tile * to_.width + q * lanes,
+                                   costs + i * to_.width + q * lanes, inverse_);
+              top = select(z != z, z, maximum(z, top));
+            }
+            store(largest + i * lanes, top);
+          }
         });
       });
     });
     for (int64_t i = 0; i < to_.rows; ++i) {
-      phi_[i] = sinkhorn::log_half_step(a_[i], log_sum_of_row(i));
-      infeasible_ = infeasible_ || sinkhorn::is_infeasible(a_[i], phi_[i]);
-      live_a_[i] = phi_[i] == -kInfinity ? real(0) : a_[i];
-      u_[i] = 1;
+      double top = -kInfinity;
+      for (int64_t slot = 0; slot < to_.slots; ++slot)
+        for (int t = 0; t < lanes; ++t) {
+          const double candidate = largest_of(slot)[i * lanes + t];
+          if (top == top && !(candidate <= top)) top = candidate;
+        }
+      row_max_[i] = top;
     }
   }
 
-  // A running log-sum-exp a lane.
-  template <int Q>
-  SKETCHFAST_INLINE void log_row(const real* costs, const double* gamma, real* sum, real* largest) {
-    V z[Q], before = load<V>(largest), top = before;
-    for (int q = 0; q < Q; ++q) {
-      z[q] = exponent(0.0, gamma + q * lanes, costs + q * lanes, inverse_);
-      top = select(z[q] != z[q], z[q], maximum(z[q], top));
-    }
-    const V base = select(top == real(-kInfinity), V{}, top);
-    V total = load<V>(sum) * flushed_exponential<real>(before - base);
-    double lanes_base[lanes];
-    for (int t = 0; t < lanes; ++t) lanes_base[t] = -double(base[t]);
-    // From the exact exponent again: rounded, a large one would have lost its fraction.
-    for (int q = 0; q < Q; ++q) {
-      double added[lanes];
-      for (int t = 0; t < lanes; ++t) added[t] = gamma[q * lanes + t] + lanes_base[t];
-      total += flushed_exponential<real>(exponent(0.0, added, costs + q * lanes, inverse_));
-    }
-    store(sum, total);
-    store(largest, top);
+  // The start: phi such that the largest entry of a row of K~ is its mass, gamma as given; K~, and
+  // the parts of K~ v. One exponential an entry, and no sum of it that could overflow.
+  void first_rows() {
+    row_maxima();
+    for (int64_t i = 0; i < to_.rows; ++i) set_row(i, row_max_[i]);
+    for (int64_t j = 0; j < to_.padded_columns; ++j) live_b_[j] = b_[j];
+    for_slots([&](int64_t slot) {
+      with_width([&](auto vectors) {
+        constexpr int Q = decltype(vectors)::value;
+        clear_parts(slot);
+        for_tiles(slot, [&](int64_t tile) {
+          form_kernel<Q>(tile, slot);
+          add_row_parts<Q>(tile, slot);
+        });
+      });
+    });
   }
 
-  double log_sum_of_row(int64_t i) const {
-    double top = -kInfinity;
-    for (int64_t slot = 0; slot < to_.slots; ++slot)
-      for (int t = 0; t < lanes; ++t) {
-        const double candidate = largest_of(slot)[i * lanes + t];
-        if (top == top && !(candidate <= top)) top = candidate;
-      }
-    if (top == -kInfinity) return top;
-    double total = 0;
-    for (int64_t slot = 0; slot < to_.slots; ++slot) {
-      const V gap = load<V>(largest_of(slot) + i * lanes) - real(top);
-      total += sum_of_lanes(load<V>(parts_of(slot) + i * lanes) * flushed_exponential<real>(gap));
+  void set_row(int64_t i, double log_sum) {
+    phi_[i] = sinkhorn::log_half_step(a_[i], log_sum);
+    infeasible_ = infeasible_ || sinkhorn::is_infeasible(a_[i], phi_[i]);
+    live_a_[i] = phi_[i] == -kInfinity ? real(0) : a_[i];
+    u_[i] = 1;
+  }
+
+  // phi from gamma, in log form: u is 1 afterwards, and K~ out of date.
+  void log_rows() {
+    row_maxima();
+    for (int64_t i = 0; i < to_.rows; ++i)
+      minus_max_[i] = row_max_[i] == -kInfinity ? 0.0 : -row_max_[i];
+    for_slots([&](int64_t slot) {
+      with_width([&](auto vectors) {
+        constexpr int Q = decltype(vectors)::value;
+        real *sums = parts_of(slot), *costs = scratch_ + slot * to_.rows * to_.width;
+        fill(sums, to_.rows * lanes, real(0));
+        for_tiles(slot, [&](int64_t tile) {
+          load_costs(tile, slot, costs);
+          for (int64_t i = 0; i < to_.rows; ++i) {
+            V sum = {};
+            for (int q = 0; q < Q; ++q)
+              sum += flushed_exponential<real>(
+                  exponent(minus_max_[i], gamma_ + tile * to_.width + q * lanes,
+                           costs + i * to_.width + q * lanes, inverse_));
+            store(sums + i * lanes, load<V>(sums + i * lanes) + sum);
+          }
+        });
+      });
+    });
+    for (int64_t i = 0; i < to_.rows; ++i) {
+      double sum = 0;
+      for (int64_t slot = 0; slot < to_.slots; ++slot)
+        sum += sum_of_lanes(load<V>(parts_of(slot) + i * lanes));
+      set_row(i, sum == 0 ? -kInfinity : __builtin_log(sum) - minus_max_[i]);
     }
-    return top + __builtin_log(total);
   }
 
   // gamma from phi, in log form; K~ with both absorbed, v = 1, and the parts of K~ v.
@@ -521,12 +566,11 @@ class Solver {
     for_slots([&](int64_t slot) {
       with_width([&](auto vectors) {
         constexpr int Q = decltype(vectors)::value;
-        real* parts = parts_of(slot);
-        fill(parts, to_.rows * lanes, real(0));
+        clear_parts(slot);
         int64_t missing = 0;
         for_tiles(slot, [&](int64_t tile) {
           missing |= log_column_tile<Q>(tile, slot, kernel_of(tile, slot));
-          add_row_parts<Q>(kernel_of(tile, slot), v_ + tile * to_.width, parts);
+          add_row_parts<Q>(tile, slot);
         });
         flagged_[slot * 8] = missing;
       });
@@ -591,13 +635,12 @@ class Solver {
     for_slots([&](int64_t slot) {
       with_width([&](auto vectors) {
         constexpr int Q = decltype(vectors)::value;
-        real* parts = parts_of(slot);
-        fill(parts, to_.rows * lanes, real(0));
+        clear_parts(slot);
         bool out = false;
         for_tiles(slot, [&](int64_t tile) {
           if (!to_.resident) form_kernel<Q>(tile, slot);
           out |= column_scales<Q>(kernel_of(tile, slot), tile * to_.width);
-          add_row_parts<Q>(kernel_of(tile, slot), v_ + tile * to_.width, parts);
+          add_row_parts<Q>(tile, slot);
         });
         flagged_[slot * 8] = out;
       });
@@ -653,21 +696,52 @@ class Solver {
     return any_lane(out);
   }
 
+  // One tile is the whole of its rows: their sums need no parts.
+  bool single_tile() const { return to_.tiles == 1; }
+
+  void clear_parts(int64_t slot) {
+    if (!single_tile()) fill(parts_of(slot), to_.rows * lanes, real(0));
+  }
+
+  // The tile's share of K~ v: into the slot's parts, or summed at once into next_u_.
   template <int Q>
-  SKETCHFAST_INLINE void add_row_parts(const real* kernel, const real* v, real* parts) const {
+  SKETCHFAST_INLINE void add_row_parts(int64_t tile, int64_t slot) {
+    const real* kernel = kernel_of(tile, slot);
     V scale[Q];
-    for (int q = 0; q < Q; ++q) scale[q] = load<V>(v + q * lanes);
+    for (int q = 0; q < Q; ++q) scale[q] = load<V>(v_ + tile * to_.width + q * lanes);
+    if (single_tile()) return row_sums<Q>(kernel, scale);
+    real* parts = parts_of(slot);
 #pragma GCC unroll 2
-    for (int64_t i = 0; i < to_.rows; ++i) {
-      V sum = load<V>(kernel + i * Q * lanes) * scale[0];
+    for (int64_t i = 0; i < to_.rows; ++i)
+      store(parts + i * lanes, load<V>(parts + i * lanes) + scaled_row<Q>(kernel, scale, i));
+  }
+
+  template <int Q>
+  static SKETCHFAST_INLINE V scaled_row(const real* kernel, const V* scale, int64_t i) {
+    V sum = load<V>(kernel + i * Q * lanes) * scale[0];
 #pragma GCC unroll 4
-      for (int q = 1; q < Q; ++q) sum += load<V>(kernel + (i * Q + q) * lanes) * scale[q];
-      store(parts + i * lanes, load<V>(parts + i * lanes) + sum);
+    for (int q = 1; q < Q; ++q) sum += load<V>(kernel + (i * Q + q) * lanes) * scale[q];
+    return sum;
+  }
+
+  template <int Q>
+  SKETCHFAST_INLINE void row_sums(const real* kernel, const V* scale) {
+    int64_t i = 0;
+    for (; i + lanes <= to_.rows; i += lanes) {
+      V rows[lanes];
+#pragma GCC unroll 16
+      for (int r = 0; r < lanes; ++r) rows[r] = scaled_row<Q>(kernel, scale, i + r);
+      store(next_u_ + i, fold_rows<1, lanes>(rows));
     }
+    if (i == to_.rows) return;
+    V rows[lanes] = {};
+    for (int r = 0; r < to_.rows - i; ++r) rows[r] = scaled_row<Q>(kernel, scale, i + r);
+    store(next_u_ + i, fold_rows<1, lanes>(rows));
   }
 
   // The row sums K~ v into next_u_.
   void add_parts() {
+    if (single_tile()) return;
     for (int64_t slot = 1; slot < to_.slots; ++slot)
       for (int64_t i = 0; i < to_.rows * lanes; i += lanes)
         store(parts_ + i, load<V>(parts_ + i) + load<V>(parts_of(slot) + i));
@@ -776,7 +850,7 @@ class Solver {
   real* kernel_;                      // [tiles][rows][width], or [slots][rows][width]
   real *a_, *u_, *next_u_, *live_a_;  // live: the mass that finds an entry
   real *b_, *live_b_, *v_;
-  double *phi_, *gamma_, *zeros_;
+  double *phi_, *row_max_, *minus_max_, *gamma_, *zeros_;
   real *parts_, *largest_;  // [slots][padded_rows][lanes]
   int64_t* flagged_;        // a cache line each
   real *scratch_, *y_;
