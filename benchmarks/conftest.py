@@ -74,6 +74,19 @@ def versus(benchmark, request):
     return run
 
 
+FACTS: list[str] = []
+
+
+@pytest.fixture
+def say():
+    """say(text): a line for the summary, and for the JSON file of the run."""
+    return lambda text: FACTS.append(text) if text not in FACTS else None
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json) -> None:
+    output_json["facts"] = FACTS
+
+
 def pytest_benchmark_update_machine_info(config, machine_info) -> None:
     machine_info["torch"] = torch.__version__
     machine_info["threads"] = torch.get_num_threads()
@@ -93,3 +106,5 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
             + (", smoke sizes: no figure here is one" if SMOKE else "")
         )
         terminalreporter.write_line(format_table(rows))
+    for fact in FACTS:
+        terminalreporter.write_line(fact)

@@ -117,7 +117,7 @@ using Vec = typename Simd<real>::V;
 // instructions.
 SKETCHFAST_INLINE DoubleV widen_half(const float* from) {
 #if defined(SKETCHFAST_ISA_avx512)
-  return (DoubleV)_mm512_cvtps_pd(_mm256_loadu_ps(from));
+  return (DoubleV)_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(from));
 #elif defined(SKETCHFAST_ISA_avx2)
   return (DoubleV)_mm256_cvtps_pd(_mm_loadu_ps(from));
 #else

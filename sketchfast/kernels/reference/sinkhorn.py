@@ -210,60 +210,52 @@ def implicit_solve(
     grad_a and grad_b are the gradients of the limit of the iterations: a counts only up to its sum.
     """
     wide = plan.shape[1] <= plan.shape[2]
-    small_plan = plan if wide else plan.mT
+    p = plan if wide else plan.mT  # [N, S, L], the small side first
     small_rhs, large_rhs = (row_rhs, column_rhs) if wide else (column_rhs, row_rhs)
-    small, large = small_plan.sum(2), small_plan.sum(1)
+    small, large = p.sum(2), p.sum(1)
     per_small, per_large = _reciprocal(small), _reciprocal(large)
-    together = _components(small_plan).double()
+    finite_gamma = torch.where(torch.isfinite(gamma), gamma, 0.0)
+    together = _components(p).double()
     per_mass = _reciprocal((together @ small[:, :, None]).squeeze(2))
 
-    def times(matrix: Tensor, vector: Tensor) -> Tensor:
-        return (matrix @ vector[:, :, None]).squeeze(2)
+    def component_mean(mass_times_value: Tensor) -> Tensor:
+        return (together @ mass_times_value[:, :, None]).squeeze(2) * per_mass
 
-    def component_mean(of_small: Tensor) -> Tensor:  # of sums over a component: the argument is mass * value
-        return times(together, of_small) * per_mass
-
-    def to_large(of_small: Tensor) -> Tensor:  # a value that is constant over each component
-        return per_large * times(small_plan.mT, of_small)
-
+    # Two vectors of the large side, seen from the small one, in one read of the plan.
+    of_rhs, of_gamma = (p @ torch.stack((per_large * large_rhs, finite_gamma if wide else large), 2)).unbind(
+        2
+    )
     root, per_root = small.sqrt(), per_small.sqrt()
-    scaled = small_plan * per_root[:, :, None] * per_large.sqrt()[:, None, :]
-    schur = together * (root[:, :, None] * root[:, None, :]) * per_mass[:, :, None] - scaled @ scaled.mT
+    scaled = p * (per_root[:, :, None] * per_large.sqrt()[:, None, :])
+    schur = together * (root[:, :, None] * (root * per_mass)[:, None, :]) - scaled @ scaled.mT
     schur.diagonal(dim1=1, dim2=2).add_(1 + RIDGE)
-    rhs = small_rhs - times(small_plan, per_large * large_rhs)
-    excess = component_mean(rhs)  # of the small side over the large one, a unit of mass
-    rhs = per_root * rhs - root * excess
+    excess = component_mean(small_rhs - of_rhs)  # of the small side over the large one, a unit of mass
+    rhs = per_root * (small_rhs - of_rhs) - root * excess
     factor, _ = torch.linalg.cholesky_ex(schur)
     of_small = per_root * torch.cholesky_solve(rhs[:, :, None], factor).squeeze(2)
-    of_large = per_large * (large_rhs - times(small_plan.mT, of_small))
-    if wide:  # the mean of g is held, so the excess went to the columns
-        of_large = of_large + to_large(excess)
 
-    # Everything a component shares, on the small side: mean of lam, of gamma, excess of rows over columns.
-    finite_gamma = torch.where(torch.isfinite(gamma), gamma, 0.0)
-    epsilon = epsilon[:, None]
+    # What a component shares: the mean of lam over its rows, of gamma over its columns.
+    mean_lam = component_mean(small * of_small if wide else of_rhs - small * of_small)
+    mean_gamma = component_mean(of_gamma if wide else small * finite_gamma)
+    excess = excess if wide else -excess  # of rows over columns
+    shared = torch.stack((mean_lam, mean_gamma, excess), 2)
+    seen = per_large[:, :, None] * (p.mT @ torch.cat((of_small[:, :, None], shared), 2))
+    of_large = per_large * large_rhs - seen[:, :, 0]
     if wide:
-        lam, mu, rows, columns = of_small, of_large, small, large
-        mean_lam = component_mean(small * lam)
-        mean_gamma = component_mean(times(small_plan, finite_gamma))
-        spread = to_large
+        lam, mu, columns = of_small, of_large + seen[:, :, 3], large
         grad_a = lam - mean_lam
+        mean_lam, mean_gamma, excess = seen[:, :, 1:].unbind(2)
     else:
-        lam, mu, rows, columns = of_large, of_small, large, small
-        excess = -excess
-        mean_lam = component_mean(times(small_plan, lam))
-        mean_gamma = component_mean(small * finite_gamma)
-        grad_a = lam - to_large(mean_lam)
+        lam, mu, columns = of_large, of_small, small
+        grad_a = lam - seen[:, :, 1]
 
-        def spread(of_small: Tensor) -> Tensor:
-            return of_small
-
+    # What the gauge <b, g> = 0 adds: through the mean of each component, and of the whole.
     whole = _reciprocal(columns.sum(1, keepdim=True))
     shift = (columns * finite_gamma).sum(1, keepdim=True) * whole
-    # What the gauge <b, g> = 0 adds: through the means of the components, and of the whole.
-    component_term = spread(excess) * (finite_gamma - spread(mean_gamma))
-    whole_term = (columns * spread(excess)).sum(1, keepdim=True) * whole * (spread(mean_gamma) - shift)
-    grad_b = mu + spread(mean_lam) + component_term + whole_term
+    through_whole = (columns * excess).sum(1, keepdim=True) * whole * (mean_gamma - shift)
+    grad_b = mu + mean_lam + excess * (finite_gamma - mean_gamma) + through_whole
+    rows = small if wide else large
+    epsilon = epsilon[:, None]
     return ImplicitGradient(
         lam,
         mu,
