@@ -57,11 +57,12 @@ def test_native_says_why_it_does_not_load(monkeypatch, tmp_path):
 
 @needs_native
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_narrower_instruction_sets(isa, tmp_path):
+@pytest.mark.parametrize("op", ["raster", "sinkhorn"])
+def test_narrower_instruction_sets(op, isa, tmp_path):
     """The op's own table, in a process whose kernels take the narrower path."""
-    table = REPOSITORY / "tests/ops/test_raster.py"
+    table = REPOSITORY / f"tests/ops/test_{op}.py"
     command = [sys.executable, "-m", "pytest", "-vv", "-x", "-p", "no:cacheprovider", str(table)]
-    command += ["-k", "cpu-native and (test_matches_reference or test_strange)"]
+    command += ["-k", "cpu-native and (match or test_strange or infeasible)"]
     result = subprocess.run(  # from a directory that holds no sketchfast: the installed one is tested
         command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"SKETCHFAST_ISA": isa}
     )
@@ -83,3 +84,24 @@ def test_the_library_checks_what_guards_memory():
         op(points, pens, None, 0, 5, *rest)
     with pytest.raises(RuntimeError, match=r"lengths must have shape \[2\], got \[3\]"):
         op(points, pens, torch.ones(3, dtype=torch.int64), 5, 5, *rest)
+
+
+@needs_native
+def test_sinkhorn_checks_what_guards_memory():
+    op = torch.ops.sketchfast.sinkhorn_fwd_native
+    cost, epsilon = torch.rand(2, 3, 4), torch.ones(2, dtype=torch.float64)
+    rest = (5, -1.0, "none")
+    with pytest.raises(RuntimeError, match=r"epsilon must have shape \[2\], got \[3\]"):
+        op(cost, torch.ones(3, dtype=torch.float64), None, None, None, *rest)
+    with pytest.raises(RuntimeError, match=r"a must have shape \[2, 3\], got \[2, 4\]"):
+        op(cost, epsilon, torch.rand(2, 4), None, None, *rest)
+    with pytest.raises(RuntimeError, match="cost must be contiguous"):
+        op(cost.mT, epsilon, None, None, None, *rest)
+    with pytest.raises(RuntimeError, match=r"cost must have shape \[N, K >= 1, E >= 1\], got \[2, 0, 4\]"):
+        op(cost[:, :0].contiguous(), epsilon, None, None, None, *rest)
+    with pytest.raises(RuntimeError, match="max_iter must be at least 1, got 0"):
+        op(cost, epsilon, None, None, None, 0, -1.0, "none")
+    with pytest.raises(RuntimeError, match=r"y must have shape \[2, 4, 3\], got \[2, 4, 2\]"):
+        torch.ops.sketchfast.sinkhorn_points_fwd_native(
+            torch.rand(2, 3, 3), torch.rand(2, 4, 2), epsilon, None, None, 5, -1.0
+        )
