@@ -97,11 +97,12 @@ def format_table(rows: list[dict]) -> str:
 
 
 def read_results(path: Path) -> tuple[list[dict], dict]:
-    """(rows, machine and commit) of a JSON file that `pytest --benchmark-json` wrote."""
+    """(rows, machine, commit and facts) of a JSON file that `pytest --benchmark-json` wrote."""
     data = json.loads(path.read_text())
     about = {
         "date": data["datetime"][:10],
         "commit": (data.get("commit_info") or {}).get("id", "")[:12],
+        "facts": data.get("facts", []),
         **data["machine_info"],
     }
     return rows_of(data["benchmarks"]), about

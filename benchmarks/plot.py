@@ -3,7 +3,7 @@
     python benchmarks/plot.py benchmarks/results/cpu/*.json --out benchmarks/results/cpu
 
 Writes ratios.png (ours against every rival, targets marked) and README.md (the table, with date, versions,
-hardware and commit).
+hardware and commit, and the facts the suites state beside their times).
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def main() -> None:
         some, about = read_results(path)
         rows += some
         lines += [f"## {path.stem}", "", describe(about), "", format_table(some), ""]
+        lines += [f"- {fact.strip()}" for fact in about["facts"]] + [""] * bool(about["facts"])
     if not rows:
         sys.exit(f"no results in {', '.join(map(str, arguments.json))}")
     arguments.out.mkdir(parents=True, exist_ok=True)
