@@ -8,21 +8,17 @@
 #pragma once
 
 #include "../raster_math.h"
-
-#if defined(__CUDACC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#define SKETCHFAST_SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
-#else
-#include "cuda_emulator.h"  // in tests/cuda_emulator
-#endif
+#include "device.cuh"
 
 namespace sketchfast {
 namespace raster {
 namespace cuda {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kWarp = 32;
+using namespace device;
+using device::load;  // overloaded below
+using device::store;
+using device::sum_of_warp;
+
 constexpr int kMaxThreads = 512;
 // Fewer where a kernel takes more registers, so that two CTAs share an SM without spilling
 // registers.
@@ -35,19 +31,6 @@ constexpr int kPatchWidth = 8, kPatchHeight = 4;
 constexpr float kPatchRadius = 3.8079f;
 
 // --- arguments
-
-enum class Dtype : int32_t { kFloat32, kFloat16, kBFloat16 };
-
-// An array whose element type is known only at run time: a uniform branch beside each access costs
-// less than nine instances of every kernel.
-struct Input {
-  const void* data;
-  Dtype dtype;
-};
-struct Output {
-  void* data;
-  Dtype dtype;
-};
 
 struct Strokes {
   Input points;            // [B, steps, 2]
@@ -80,37 +63,6 @@ struct Tiling {
   int width, height, across, per_sketch;
 };
 
-// --- memory
-
-// Hands out shared memory; the host runs it over null to learn the size.
-struct Arena {
-  unsigned char* base;
-  size_t used;
-
-  template <typename T>
-  SKETCHFAST_HD T* take(int64_t count) {
-    T* out = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (static_cast<size_t>(count) * sizeof(T) + 15) / 16 * 16;
-    return out;
-  }
-};
-
-__device__ inline float load(const Input& in, int64_t i) {
-  if (in.dtype == Dtype::kFloat32) return static_cast<const float*>(in.data)[i];
-  if (in.dtype == Dtype::kFloat16) return __half2float(static_cast<const __half*>(in.data)[i]);
-  return __bfloat162float(static_cast<const __nv_bfloat16*>(in.data)[i]);
-}
-
-__device__ inline void store(const Output& out, int64_t i, float value) {
-  if (out.dtype == Dtype::kFloat32) {
-    static_cast<float*>(out.data)[i] = value;
-  } else if (out.dtype == Dtype::kFloat16) {
-    static_cast<__half*>(out.data)[i] = __float2half_rn(value);
-  } else {
-    static_cast<__nv_bfloat16*>(out.data)[i] = __float2bfloat16_rn(value);
-  }
-}
-
 __device__ inline int load(const Winner& winner, int64_t i) {
   return winner.wide ? static_cast<const int32_t*>(winner.data)[i]
                      : static_cast<const int16_t*>(winner.data)[i];
@@ -125,25 +77,6 @@ __device__ inline void store(const Winner& winner, int64_t i, int value) {
 }
 
 // --- threads
-
-__device__ inline int lane_index() { return threadIdx.x % kWarp; }
-__device__ inline int warp_index() { return threadIdx.x / kWarp; }
-__device__ inline int warp_count() { return blockDim.x / kWarp; }
-
-__device__ inline float least_of_warp(float value) {
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    value = minimum(value, __shfl_xor_sync(kAllLanes, value, step));
-  }
-  return value;
-}
-
-template <typename T>
-__device__ inline T sum_of_warp(T value) {
-  for (int step = kWarp / 2; step > 0; step /= 2) {
-    value += __shfl_xor_sync(kAllLanes, value, step);
-  }
-  return value;
-}
 
 // The sum (or least) over the CTA, in every thread. `shared` holds a float a warp, for one
 // use.

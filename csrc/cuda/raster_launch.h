@@ -35,8 +35,6 @@ struct Scene {
   int64_t half() const { return sigma > 0 ? taps / 2 : 0; }
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline Ink ink_of(const Scene& s, double cutoff) {
   const double far = reach(s.sharpness, s.offset, cutoff);
   return {static_cast<float>(s.sharpness), static_cast<float>(s.offset),

@@ -1,10 +1,12 @@
 // Runs CUDA kernels on the CPU, so that a host compiler and a machine without GPU can test their
 // source.
 //
-// CTA after CTA; each thread of a CTA is a fiber (ucontext) that runs until it meets a barrier, a
-// shuffle or a ballot, so barriers are real: leave one out and, in one of the schedules, a thread
-// reads what another has not written yet. Shared memory starts as NaN and has guard zones.
-// Deadlocks (a barrier or a warp primitive that some threads do not reach) throw.
+// Cluster after cluster (of one CTA, where a launch asks for no more); each thread of a cluster is
+// a fiber (ucontext) that runs until it meets a barrier, a shuffle or a ballot, so barriers are
+// real: leave one out and, in one of the schedules, a thread reads what another has not written
+// yet. Shared memory starts as NaN and has guard zones; that of a CTA that has ended is NaN again,
+// as it belongs to nobody. Deadlocks (a barrier or a warp primitive that some threads do not reach)
+// throw.
 //
 // It does not show: the memory model between CTAs or within a warp, timing, bank conflicts,
 // alignment faults, nvcc's contraction of products into fused multiply-adds, or limits on
@@ -110,21 +112,31 @@ struct Fiber {
   bool runnable() const { return !done && (!waits || waits->generation != generation); }
 };
 
+// What one CTA of the running cluster has to itself.
+struct Cta {
+  Meeting barrier;
+  std::vector<unsigned char> shared;
+  unsigned char* shared_base = nullptr;
+  unsigned alive = 0;
+};
+
 struct Machine {
   Schedule schedule = Schedule::kForward;
   uint32_t seed = 1;
-  std::vector<Fiber> fibers;
-  std::vector<Meeting> warps;
-  Meeting cta;
-  std::vector<unsigned char> shared;
-  unsigned char* shared_base = nullptr;
+  std::vector<Fiber> fibers;   // of the cluster, CTA after CTA
+  std::vector<Meeting> warps;  // likewise
+  std::vector<Cta> ctas;
+  Meeting cluster;
+  unsigned threads = 0;  // a CTA
   ucontext_t scheduler;
   std::function<void()> body;
   unsigned current = 0;
 };
 
 inline Machine machine;
-inline unsigned char* shared_memory() { return machine.shared_base; }
+inline unsigned cluster_rank() { return machine.current / machine.threads; }
+inline Cta& this_cta() { return machine.ctas[cluster_rank()]; }
+inline unsigned char* shared_memory() { return this_cta().shared_base; }
 
 inline void wait(Meeting* meeting, unsigned generation) {
   Machine& m = machine;
@@ -160,10 +172,10 @@ inline std::vector<unsigned> order(int64_t count, Schedule schedule, uint32_t* s
   return out;
 }
 
-inline void start_fibers(unsigned threads) {
+inline void start_fibers(unsigned count) {
   Machine& m = machine;
-  if (m.fibers.size() < threads) m.fibers.resize(threads);
-  for (unsigned i = 0; i < threads; ++i) {
+  if (m.fibers.size() < count) m.fibers.resize(count);
+  for (unsigned i = 0; i < count; ++i) {
     Fiber& fiber = m.fibers[i];
     if (!fiber.stack) fiber.stack.reset(new char[kStack]);
     fiber.done = false;
@@ -174,61 +186,83 @@ inline void start_fibers(unsigned threads) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, run_thread, 0);
   }
-  m.cta = Meeting{};
-  m.cta.expected = static_cast<int>(threads);
-  m.warps.assign(threads / 32, Meeting{});
+  m.warps.assign(count / 32, Meeting{});
   for (Meeting& warp : m.warps) warp.expected = 32;
 }
 
-inline void poison_shared(size_t bytes) {
-  Machine& m = machine;
-  m.shared.assign(bytes + 2 * kGuard + 16, kGuardByte);
-  const uintptr_t first = reinterpret_cast<uintptr_t>(m.shared.data()) + kGuard;
-  m.shared_base = reinterpret_cast<unsigned char*>((first + 15) / 16 * 16);
-  std::memset(m.shared_base, kPoison, bytes);
+inline void poison_shared(Cta* cta, size_t bytes) {
+  cta->shared.assign(bytes + 2 * kGuard + 16, kGuardByte);
+  const uintptr_t first = reinterpret_cast<uintptr_t>(cta->shared.data()) + kGuard;
+  cta->shared_base = reinterpret_cast<unsigned char*>((first + 15) / 16 * 16);
+  std::memset(cta->shared_base, kPoison, bytes);
 }
 
-inline void check_shared(size_t bytes) {
-  Machine& m = machine;
-  for (const unsigned char* p = m.shared.data(); p < m.shared.data() + m.shared.size(); ++p) {
-    const bool guard = p < m.shared_base || p >= m.shared_base + bytes;
+inline void check_shared(const Cta& cta, size_t bytes) {
+  for (const unsigned char* p = cta.shared.data(); p < cta.shared.data() + cta.shared.size(); ++p) {
+    const bool guard = p < cta.shared_base || p >= cta.shared_base + bytes;
     if (guard && *p != kGuardByte)
       throw std::runtime_error("a kernel wrote outside its shared memory");
   }
 }
 
-inline void run_cta(unsigned threads) {
+// Nothing may touch the shared memory of a CTA that has ended.
+inline void end_cta(Cta* cta, size_t bytes) {
+  check_shared(*cta, bytes);
+  std::memset(cta->shared_base, kPoison, bytes);
+}
+
+inline void check_ended(const Cta& cta, size_t bytes) {
+  check_shared(cta, bytes);
+  for (size_t i = 0; i < bytes; ++i) {
+    if (cta.shared_base[i] != kPoison)
+      throw std::runtime_error("a kernel wrote to a CTA that had ended");
+  }
+}
+
+// Runs the CTAs first .. first + size - 1, whose threads take turns.
+inline void run_cluster(unsigned first, unsigned size, unsigned threads, size_t shared) {
   Machine& m = machine;
-  start_fibers(threads);
-  unsigned alive = threads;
+  m.threads = threads;
+  m.cluster = Meeting{};
+  m.cluster.expected = static_cast<int>(size * threads);
+  m.ctas.assign(size, Cta{});
+  for (Cta& cta : m.ctas) {
+    cta.barrier.expected = static_cast<int>(threads);
+    cta.alive = threads;
+    poison_shared(&cta, shared);
+  }
+  start_fibers(size * threads);
+  unsigned alive = size * threads;
   while (alive > 0) {
     bool progress = false;
-    for (unsigned i : order(threads, m.schedule, &m.seed)) {
+    for (unsigned i : order(size * threads, m.schedule, &m.seed)) {
       if (!m.fibers[i].runnable()) continue;
       progress = true;
       m.current = i;
-      threadIdx.x = i;
+      threadIdx.x = i % threads;
+      blockIdx.x = first + i / threads;
       swapcontext(&m.scheduler, &m.fibers[i].context);
-      if (m.fibers[i].done) --alive;
+      if (!m.fibers[i].done) continue;
+      --alive;
+      if (--m.ctas[i / threads].alive == 0) end_cta(&m.ctas[i / threads], shared);
     }
     if (!progress) throw std::runtime_error("deadlock: threads wait where others do not arrive");
   }
+  for (const Cta& cta : m.ctas) check_ended(cta, shared);
 }
 
 template <typename Params>
 void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared,
-            const Params& params) {
+            const Params& params, int cluster = 1) {
   Machine& m = machine;
   if (blocks < 1 || blocks > 0x7fffffff) throw std::runtime_error("grid size out of range");
   if (threads < 32 || threads > 1024 || threads % 32) throw std::runtime_error("block size");
+  if (cluster < 1 || cluster > 16 || blocks % cluster) throw std::runtime_error("cluster size");
   blockDim.x = static_cast<unsigned>(threads);
   gridDim.x = static_cast<unsigned>(blocks);
   m.body = [&] { kernel(params); };
-  for (unsigned block : order(blocks, m.schedule, &m.seed)) {
-    blockIdx.x = block;
-    poison_shared(shared);
-    run_cta(static_cast<unsigned>(threads));
-    check_shared(shared);
+  for (unsigned i : order(blocks / cluster, m.schedule, &m.seed)) {
+    run_cluster(i * cluster, cluster, static_cast<unsigned>(threads), shared);
   }
 }
 
@@ -255,17 +289,37 @@ T exchange(unsigned mask, T value, int from, unsigned* ballot = nullptr) {
 }  // namespace emulator
 
 inline void __syncthreads() {
-  emulator::wait(&emulator::machine.cta, emulator::machine.cta.arrive());
+  emulator::Meeting& cta = emulator::this_cta().barrier;
+  emulator::wait(&cta, cta.arrive());
 }
 
 inline bool __syncthreads_or(bool value) {
-  emulator::Meeting& cta = emulator::machine.cta;
+  emulator::Meeting& cta = emulator::this_cta().barrier;
   cta.any = cta.any || value;
   emulator::wait(&cta, cta.arrive());
   const bool result = cta.result;
   __syncthreads();  // no later vote may overwrite the result before all have read it
   return result;
 }
+
+inline void __syncwarp() {
+  emulator::Meeting& warp = emulator::machine.warps[emulator::machine.current / 32];
+  emulator::wait(&warp, warp.arrive());
+}
+
+namespace emulator {
+
+inline void cluster_barrier() { wait(&machine.cluster, machine.cluster.arrive()); }
+
+// The same place in the shared memory of CTA `rank` of the cluster.
+template <typename T>
+T* in_shared_memory_of(T* mine, unsigned rank) {
+  const Cta& other = machine.ctas.at(rank);
+  const size_t offset = reinterpret_cast<unsigned char*>(mine) - shared_memory();
+  return reinterpret_cast<T*>(other.shared_base + offset);
+}
+
+}  // namespace emulator
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {

@@ -1,64 +1,14 @@
 // The kernels of csrc/cuda/raster_kernels.cuh and the choices of raster_launch.h, run by the
 // emulator behind a C interface for ctypes. Each function returns null or a message.
 #include "cuda/raster_launch.h"
-#include "cuda_emulator.h"
+#include "emulated_context.h"
 
 namespace {
 
 using namespace sketchfast::raster;
 using namespace sketchfast::raster::cuda;
-
-struct Context {
-  size_t shared_limit;
-  std::vector<std::vector<unsigned char>> buffers;
-  std::vector<size_t> sizes;
-
-  explicit Context(int64_t limit) : shared_limit(static_cast<size_t>(limit)) {}
-
-  void* scratch(size_t bytes) {
-    buffers.emplace_back(bytes + 2 * emulator::kGuard, emulator::kGuardByte);
-    sizes.push_back(bytes);
-    std::memset(buffers.back().data() + emulator::kGuard, emulator::kPoison, bytes);
-    return buffers.back().data() + emulator::kGuard;
-  }
-
-  void check_guards() const {
-    for (size_t i = 0; i < buffers.size(); ++i) {
-      for (size_t j = 0; j < buffers[i].size(); ++j) {
-        const bool guard = j < emulator::kGuard || j >= emulator::kGuard + sizes[i];
-        if (guard && buffers[i][j] != emulator::kGuardByte) {
-          throw std::runtime_error("a kernel wrote outside its scratch memory");
-        }
-      }
-    }
-  }
-
-  template <typename Params>
-  void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared,
-              const Params& params) {
-    ++launches;
-    if (shared > shared_limit) throw std::runtime_error("more shared memory than the limit");
-    emulator::launch(kernel, blocks, threads, shared, params);
-  }
-
-  inline static int launches = 0;
-};
-
-std::string message;
-
-template <typename Call>
-const char* guarded(int64_t limit, Call call) {
-  try {
-    Context::launches = 0;
-    Context context(limit);
-    call(context);
-    context.check_guards();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
+using emulator::Context;
+using emulator::guarded;
 
 }  // namespace
 

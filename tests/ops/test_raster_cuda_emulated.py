@@ -13,25 +13,17 @@ and the torch glue in csrc/cuda/raster.cu. Those take a GPU: benchmarks/gpu.sh.
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
+from emulated import DTYPES, H200_SHARED, SCHEDULES, Guarded, build
 from torch import Tensor
 
 from sketchfast.kernels.reference import raster as reference
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCE = ROOT / "tests" / "cuda_emulator" / "raster_emulated.cpp"
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-SCHEDULES = {"forward": 0, "reverse": 1, "shuffled": 2}
-H200_SHARED = 232448  # bytes of shared memory a CTA may ask for
 TILED = 28 * 1024  # too little for whole images: the tile kernels serve
-GUARD = 64
 
 _POINTERS = (
     "points",
@@ -65,46 +57,12 @@ class _Call(ctypes.Structure):
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to build the emulator with")
-    built = tmp_path_factory.mktemp("emulator") / "raster_emulated.so"
-    options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas"]
-    options += [f"-I{ROOT / 'csrc'}", f"-I{SOURCE.parent}"]
-    command = [compiler, *options, str(SOURCE), "-o", str(built)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if "_Float16" in result.stderr:
-        pytest.skip("this g++ has no _Float16 (g++ 12 has)")
-    assert result.returncode == 0, result.stderr[:3000]
-    loaded = ctypes.CDLL(str(built))
+    loaded = build("raster_emulated.cpp", tmp_path_factory.mktemp("emulator"))
     for name in ("forward", "backward", "bce"):
         getattr(loaded, f"raster_{name}").restype = ctypes.c_char_p
     for name in ("forward", "backward"):
         getattr(loaded, f"distance_{name}").restype = ctypes.c_char_p
     return loaded
-
-
-class Guarded:
-    """Tensors whose neighbouring memory is watched: reads there give NaN, writes there fail `check`."""
-
-    def __init__(self) -> None:
-        self.watched: list[tuple[Tensor, Tensor]] = []
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        count = int(torch.Size(shape).numel())
-        whole = torch.full(
-            (count + 2 * GUARD,), float("nan") if dtype.is_floating_point else -77, dtype=dtype
-        )
-        self.watched.append((whole, whole.clone()))
-        return whole[GUARD : GUARD + count].view(shape)
-
-    def copy(self, value: Tensor) -> Tensor:
-        return self.empty(tuple(value.shape), value.dtype).copy_(value)
-
-    def check(self) -> None:
-        for whole, before in self.watched:
-            for zone in (slice(None, GUARD), slice(len(whole) - GUARD, None)):
-                torch.testing.assert_close(whole[zone], before[zone], rtol=0, atol=0, equal_nan=True)
 
 
 @dataclass
