@@ -16,8 +16,6 @@ namespace cuda {
 
 using namespace device;
 
-constexpr int kMaxThreads = 512;
-constexpr int kMaxWarps = kMaxThreads / kWarp;
 constexpr int kMaxCluster = 16;
 
 // --- arguments
@@ -152,29 +150,20 @@ struct ResidentParams {
   int slab;  // columns a CTA
 };
 
+// Sizes are the largest of the tile, so that every address is a constant.
+template <int kRows, int kColumns, int kMaxWarps>
 struct ResidentMemory {
-  double *phi, *gamma;          // absorbed potentials: rows, columns of the slab
-  float *u, *next_u, *a;        // rows
-  float *v, *b;                 // columns
-  float *part_sum, *part_most;  // [warp][row]
-  float *slab_sum, *slab_most;  // [parity][CTA][row], written by the CTAs
-  double *of_warp, *of_cta;     // [warp], [parity][CTA]
+  double phi[kRows], gamma[kColumns];  // absorbed potentials
+  double of_warp[kMaxWarps], of_cta[2][kMaxCluster];
+  float u[2][kRows];  // of the last iteration and of the next, in turn
+  float a[kRows], v[kColumns], b[kColumns];
+  float part_sum[kMaxWarps][kRows], part_most[kMaxWarps][kRows];
+};
 
-  SKETCHFAST_HD ResidentMemory(Arena* arena, int rows, int columns, int warps, int cluster) {
-    phi = arena->take<double>(rows);
-    gamma = arena->take<double>(columns);
-    u = arena->take<float>(rows);
-    next_u = arena->take<float>(rows);
-    a = arena->take<float>(rows);
-    v = arena->take<float>(columns);
-    b = arena->take<float>(columns);
-    part_sum = arena->take<float>(warps * rows);
-    part_most = arena->take<float>(warps * rows);
-    slab_sum = arena->take<float>(cluster > 1 ? 2 * cluster * rows : 0);
-    slab_most = arena->take<float>(cluster > 1 ? 2 * cluster * rows : 0);
-    of_warp = arena->take<double>(warps);
-    of_cta = arena->take<double>(2 * cluster);
-  }
+// Written by the other CTAs of a cluster, in turn; follows ResidentMemory where there is one.
+template <int kRows>
+struct ExchangeMemory {
+  float sum[kMaxCluster][kRows], most[kMaxCluster][kRows];
 };
 
 // Sums N values over the lanes that differ in the bits kStep, kStep / 2, ..., kLast, each lane
@@ -199,24 +188,35 @@ __device__ inline int scatter_sums(float* x) {
   }
 }
 
-template <int R, int C>
+template <int R, int C, int W>
 struct Resident {
   static constexpr int kRows = kRowLanes * R, kStrip = kColumnLanes * C;
+  static constexpr int kColumns = W * kStrip;
   // Of the lanes that hold one column sum, the one without these bits writes it.
   static constexpr int kCopies = (32 / C - 1) & ~1;
 
+  using Memory = ResidentMemory<kRows, kColumns, W>;
+  using Exchange = ExchangeMemory<kRows>;
+
   const ResidentParams& p;
-  ResidentMemory memory;
+  Memory& memory;
+  Exchange* const exchange;  // two of them
   int64_t problem, first_column, offset;  // offset: of the slab's first entry in the cost
   int rows, columns;                      // columns of the slab that exist
   int rank, row_lane, base;               // base: this lane's first column in the slab
-  int exchanges = 0, sums = 0;
+  int exchanges = 0, sums = 0, current = 0;  // current: which u is the last iteration's
   double per_epsilon;
   bool stale = true;  // the tile is not that of the absorbed potentials
   float tile[R][C];
 
-  __device__ Resident(const ResidentParams& params, Arena* arena)
-      : p(params), memory(arena, kRows, warp_count() * kStrip, warp_count(), params.cluster) {
+  static SKETCHFAST_HD size_t bytes(int cluster) {
+    return sizeof(Memory) + (cluster > 1 ? 2 * sizeof(Exchange) : 0);
+  }
+
+  __device__ Resident(const ResidentParams& params, unsigned char* shared)
+      : p(params),
+        memory(*reinterpret_cast<Memory*>(shared)),
+        exchange(reinterpret_cast<Exchange*>(shared + sizeof(Memory))) {
     const Problem& q = p.problem;
     rank = p.cluster > 1 ? cluster_rank() : 0;
     problem = blockIdx.x / p.cluster;
@@ -240,7 +240,7 @@ struct Resident {
     for (int i = threadIdx.x; i < kRows; i += blockDim.x) {
       memory.a[i] = i < rows ? q.row_mass(problem, i) : 0.0f;
       memory.phi[i] = minus_infinity();
-      memory.u[i] = 1.0f;
+      memory.u[current][i] = 1.0f;
     }
     for (int j = threadIdx.x; j < warp_count() * kStrip; j += blockDim.x) {
       const float mass = j < columns ? q.column_mass(problem, first_column + j) : 0.0f;
@@ -270,6 +270,17 @@ struct Resident {
                          ? exp_of(memory.phi[i] + memory.gamma[j] - cost_at(i, j))
                          : 0.0f;
       }
+      __syncwarp();  // keeps loads of one row's registers from piling up with the next's
+    }
+  }
+
+  // The tile is to be formed anew. Zeroes tell the compiler that it need not keep the old one.
+  __device__ void forget() {
+    stale = true;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+      for (int c = 0; c < C; ++c) tile[r][c] = 0;
     }
   }
 
@@ -285,7 +296,7 @@ struct Resident {
       for (int c = 0; c < C; ++c) sum[c] = 0;
 #pragma unroll
       for (int r = 0; r < R; ++r) {
-        const float u = memory.u[r * kRowLanes + row_lane];
+        const float u = memory.u[current][r * kRowLanes + row_lane];
 #pragma unroll
         for (int c = 0; c < C; ++c) sum[c] += tile[r][c] * u;
       }
@@ -296,7 +307,7 @@ struct Resident {
       if ((lane_index() & kCopies) == 0) memory.v[j] = scale;
       if (__ballot_sync(kAllLanes, redo) == 0) break;
       log_columns();
-      stale = true;
+      forget();
     }
     __syncwarp();
   }
@@ -306,7 +317,7 @@ struct Resident {
     LogSum total[C];
 #pragma unroll 1
     for (int i = row_lane; i < rows; i += kRowLanes) {
-      const double phi = memory.phi[i] + ::log(static_cast<double>(memory.u[i]));
+      const double phi = memory.phi[i] + ::log(static_cast<double>(memory.u[current][i]));
 #pragma unroll
       for (int c = 0; c < C; ++c) {
         if (base + c < columns) total[c].add(phi - cost_at(i, base + c));
@@ -336,18 +347,13 @@ struct Resident {
       for (int c = 0; c < C; ++c) sum[r] += tile[r][c] * v[c];
     }
     const int first = scatter_sums<R, 1, 1>(sum);
-    float* part = memory.part_sum + warp_index() * kRows;
+    float* part = memory.part_sum[warp_index()];
     constexpr int kept = R % 2 == 0 ? R / 2 : R;
     if (R % 2 == 0 || lane_index() % kColumnLanes == 0) {
 #pragma unroll
       for (int k = 0; k < kept; ++k) part[(first + k) * kRowLanes + row_lane] = sum[k];
     }
     __syncthreads();
-  }
-
-  // Slots of the exchange in hand: CTA `from`'s sums of this or another CTA's memory.
-  __device__ int slot(int from, int i) const {
-    return ((exchanges & 1) * p.cluster + from) * kRows + i;
   }
 
   // Complete row sums, given(i, sum) in the one thread that owns the row, from the warps' parts in
@@ -357,18 +363,17 @@ struct Resident {
   __device__ void complete_rows(Given given) {
     for (int i = threadIdx.x; i < kRows; i += blockDim.x) {
       float sum = 0;
-      for (int w = 0; w < warp_count(); ++w) sum += memory.part_sum[w * kRows + i];
+      for (int w = 0; w < warp_count(); ++w) sum += memory.part_sum[w][i];
       if (p.cluster == 1) given(i, sum);
       if (p.cluster == 1) continue;
-      for (int to = 0; to < p.cluster; ++to) {
-        in_shared_memory_of(memory.slab_sum, to)[slot(rank, i)] = sum;
-      }
+      float* mine = &exchange[exchanges & 1].sum[rank][i];
+      for (int to = 0; to < p.cluster; ++to) *in_shared_memory_of(mine, to) = sum;
     }
     if (p.cluster == 1) return;
     cluster_barrier();
     for (int i = threadIdx.x; i < kRows; i += blockDim.x) {
       float sum = 0;
-      for (int from = 0; from < p.cluster; ++from) sum += memory.slab_sum[slot(from, i)];
+      for (int from = 0; from < p.cluster; ++from) sum += exchange[exchanges & 1].sum[from][i];
       given(i, sum);
     }
     ++exchanges;
@@ -396,21 +401,22 @@ struct Resident {
       // The exponent may be any number near the largest: float32 is enough, and half the traffic.
       const float most = static_cast<float>(total.most);
       const bool some = total.most != minus_infinity();
-      memory.part_most[warp_index() * kRows + i] = most;
-      memory.part_sum[warp_index() * kRows + i] =
+      memory.part_most[warp_index()][i] = most;
+      memory.part_sum[warp_index()][i] =
           some ? total.sum * exp_of(total.most - most) : 0.0f;
     }
     __syncthreads();
     for (int i = threadIdx.x; i < kRows; i += blockDim.x) {
       LogSum total;
       for (int w = 0; w < warp_count(); ++w) {
-        total.add(memory.part_most[w * kRows + i], memory.part_sum[w * kRows + i]);
+        total.add(memory.part_most[w][i], memory.part_sum[w][i]);
       }
       if (p.cluster == 1) set_row(i, total);
       if (p.cluster == 1) continue;
+      Exchange& now = exchange[exchanges & 1];
       for (int to = 0; to < p.cluster; ++to) {  // `most` came from float32
-        in_shared_memory_of(memory.slab_most, to)[slot(rank, i)] = static_cast<float>(total.most);
-        in_shared_memory_of(memory.slab_sum, to)[slot(rank, i)] = total.sum;
+        *in_shared_memory_of(&now.most[rank][i], to) = static_cast<float>(total.most);
+        *in_shared_memory_of(&now.sum[rank][i], to) = total.sum;
       }
     }
     if (p.cluster > 1) {
@@ -418,7 +424,8 @@ struct Resident {
       for (int i = threadIdx.x; i < kRows; i += blockDim.x) {
         LogSum total;
         for (int from = 0; from < p.cluster; ++from) {
-          total.add(memory.slab_most[slot(from, i)], memory.slab_sum[slot(from, i)]);
+          const Exchange& now = exchange[exchanges & 1];
+          total.add(now.most[from][i], now.sum[from][i]);
         }
         set_row(i, total);
       }
@@ -429,7 +436,7 @@ struct Resident {
 
   __device__ void set_row(int i, const LogSum& total) {
     memory.phi[i] = log_half_step(memory.a[i], total.logarithm_of());
-    memory.u[i] = 1.0f;
+    memory.u[current][i] = 1.0f;
   }
 
   // The sum over all threads of the CTA, the same in each.
@@ -447,7 +454,7 @@ struct Resident {
   __device__ double team_sum(double value) {
     value = cta_sum(value);
     if (p.cluster == 1) return value;
-    double* mine = memory.of_cta + (sums & 1) * p.cluster;
+    double* mine = memory.of_cta[sums & 1];
     if (static_cast<int>(threadIdx.x) < p.cluster)
       in_shared_memory_of(mine, threadIdx.x)[rank] = value;
     cluster_barrier();
@@ -488,8 +495,8 @@ struct Resident {
         const bool live = memory.phi[i] != minus_infinity();
         const float scale = live ? memory.a[i] / sum : 1.0f;
         redo = redo || (live && needs_log_form<float>(scale, sum));
-        gap += ::fabs(static_cast<double>(memory.u[i]) * sum - memory.a[i]);
-        memory.next_u[i] = scale;
+        gap += ::fabs(static_cast<double>(memory.u[current][i]) * sum - memory.a[i]);
+        memory.u[1 - current][i] = scale;
       });
       const bool last = n == q.max_iter;
       if (last || q.tol >= 0) {
@@ -498,12 +505,10 @@ struct Resident {
       }
       if (__syncthreads_or(redo)) {
         log_rows();
-        stale = true;
+        forget();
         continue;
       }
-      float* const old = memory.u;
-      memory.u = memory.next_u;
-      memory.next_u = old;
+      current = 1 - current;
     }
     finish(n, infeasible ? std::numeric_limits<double>::infinity() : error);
   }
@@ -534,7 +539,7 @@ struct Resident {
     }
     for (int i = threadIdx.x; rank == 0 && i < rows; i += blockDim.x) {
       double phi = memory.phi[i];
-      if (phi != minus_infinity()) phi += ::log(static_cast<double>(memory.u[i]));
+      if (phi != minus_infinity()) phi += ::log(static_cast<double>(memory.u[current][i]));
       const double f = shown_potential(phi, shift, epsilon, memory.a[i]);
       const int64_t at = problem * q.rows + i;
       if (out.phi) out.phi[at] = phi;
@@ -560,19 +565,18 @@ struct Resident {
         const int j = base + c;
         if (i < rows && j < columns) {
           store(p.solution.plan, offset + i * cost.row_stride + j * cost.column_stride,
-                memory.u[i] * tile[r][c] * memory.v[j]);
+                memory.u[current][i] * tile[r][c] * memory.v[j]);
         }
       }
     }
   }
 };
 
-template <int R, int C>
-__global__ void __launch_bounds__(kMaxThreads, R* C <= 32 ? 2 : 1)
+template <int R, int C, int W>
+__global__ void __launch_bounds__(W * kWarp, 512 / (W * kWarp))
     resident_kernel(const __grid_constant__ ResidentParams p) {
   SKETCHFAST_SHARED_MEMORY(shared);
-  Arena arena{shared, 0};
-  Resident<R, C> solver(p, &arena);
+  Resident<R, C, W> solver(p, shared);
   solver.run();
 }
 

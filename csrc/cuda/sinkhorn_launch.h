@@ -17,35 +17,28 @@ namespace cuda {
 // What tests force; the defaults are the rule.
 struct Choice {
   bool resident = true;  // where it fits
-  int most_warps = kMaxWarps;
+  int most_warps = 16;
   int most_cluster = kMaxCluster;
 };
 
 // --- the resident solver
 
-template <int R, int C>
-size_t resident_bytes(int warps, int cluster) {
-  using Solver = Resident<R, C>;
-  Arena arena{nullptr, 0};
-  ResidentMemory(&arena, Solver::kRows, warps * Solver::kStrip, warps, cluster);
-  return arena.used;
-}
-
 // Solves with tiles of R x C a lane, if the device can hold the problem so.
-template <int R, int C, typename Context>
+template <int R, int C, int W, typename Context>
 bool solve_resident(Context& context, const Problem& problem, const Solution& solution,
                     const Choice& choice) {
-  constexpr int strip = Resident<R, C>::kStrip;
+  constexpr int strip = Resident<R, C, W>::kStrip;
+  const int most_warps = choice.most_warps < W ? choice.most_warps : W;
   int cluster = 1;
   while (cluster < choice.most_cluster &&
-         ceil_div(problem.columns, cluster) > choice.most_warps * strip) {
+         ceil_div(problem.columns, cluster) > most_warps * strip) {
     cluster *= 2;
   }
   const int64_t warps = ceil_div(ceil_div(problem.columns, cluster), strip);
-  if (problem.rows > Resident<R, C>::kRows || warps > choice.most_warps) return false;
+  if (problem.rows > Resident<R, C, W>::kRows || warps > most_warps) return false;
   const int threads = static_cast<int>(warps) * kWarp;
-  const size_t bytes = resident_bytes<R, C>(static_cast<int>(warps), cluster);
-  const auto kernel = resident_kernel<R, C>;
+  const size_t bytes = Resident<R, C, W>::bytes(cluster);
+  const auto kernel = resident_kernel<R, C, W>;
   if (!context.runs(kernel, threads, bytes, cluster)) return false;
   const ResidentParams params{problem, solution, cluster, static_cast<int>(warps) * strip};
   context.launch(kernel, problem.count * cluster, threads, bytes, params, cluster);
@@ -63,12 +56,12 @@ void solve(Context& context, const Problem& problem, const Solution& solution,
   if (problem.count == 0) return;
   const int64_t rows = problem.rows;
   if (choice.resident) {
-    const bool solved = rows <= 16    ? solve_resident<1, 8>(context, problem, solution, choice)
-                        : rows <= 32  ? solve_resident<2, 8>(context, problem, solution, choice)
-                        : rows <= 64  ? solve_resident<4, 8>(context, problem, solution, choice)
-                        : rows <= 128 ? solve_resident<8, 8>(context, problem, solution, choice)
-                        : rows <= 256 ? solve_resident<16, 4>(context, problem, solution, choice)
-                        : rows <= 320 ? solve_resident<20, 4>(context, problem, solution, choice)
+    const bool solved = rows <= 16    ? solve_resident<1, 16, 8>(context, problem, solution, choice)
+                        : rows <= 32  ? solve_resident<2, 16, 8>(context, problem, solution, choice)
+                        : rows <= 64  ? solve_resident<4, 16, 8>(context, problem, solution, choice)
+                        : rows <= 128 ? solve_resident<8, 8, 16>(context, problem, solution, choice)
+                        : rows <= 256 ? solve_resident<16, 4, 16>(context, problem, solution, choice)
+                        : rows <= 320 ? solve_resident<20, 4, 16>(context, problem, solution, choice)
                                       : false;
     if (solved) return;
   }
