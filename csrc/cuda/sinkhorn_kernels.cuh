@@ -47,6 +47,11 @@ struct Problem {
   __device__ float column_mass(int64_t problem, int64_t j) const {
     return b ? b[problem * columns + j] : b_value;
   }
+  // The scaled potential of a column to start from: init where it is finite, else 0.
+  __device__ double first_gamma(int64_t problem, int64_t j, double per_epsilon) const {
+    const double gamma = init ? init[problem * columns + j] * per_epsilon : 0.0;
+    return gamma - gamma == 0 ? gamma : 0.0;
+  }
 };
 
 // Each may be null. The plan has the strides of the cost.
@@ -87,35 +92,44 @@ __device__ inline float exp_of(double x) {
   return exp2f(static_cast<float>(t - (shifted - shift))) * power_of_two(shifted);
 }
 
-// The sum of exponentials as sum * exp(most).
+// A sum of exponentials, as sum * exp(most). Differences from `most` are formed in float64; a float32
+// exponential of them is enough, since far ones weigh nothing.
+template <typename real>
 struct LogSum {
   double most = minus_infinity();
-  float sum = 0;
+  real sum = 0;
 
-  __device__ void add(double x) {
-    if (x == minus_infinity()) return;
-    const double gap = x - most;
-    const float ratio = exp_of(gap > 0 ? -gap : gap);
-    sum = gap > 0 ? sum * ratio + 1.0f : sum + ratio;
-    if (gap > 0) most = x;
-  }
-
-  __device__ void add(double other_most, float other_sum) {
+  __device__ void add(double other_most, real other_sum = 1) {
     if (other_most == minus_infinity()) return;
     const double gap = other_most - most;
-    const float ratio = exp_of(gap > 0 ? -gap : gap);
+    const real ratio = exponential(static_cast<float>(gap > 0 ? -gap : gap));
     sum = gap > 0 ? sum * ratio + other_sum : sum + other_sum * ratio;
     if (gap > 0) most = other_most;
+  }
+
+  __device__ void add(const LogSum& other) { add(other.most, other.sum); }
+
+  // Several at once: one rescaling, and exponentials that do not wait for each other.
+  template <int N>
+  __device__ void add_all(const double (&x)[N]) {
+    double top = most;
+#pragma unroll
+    for (int k = 0; k < N; ++k) top = x[k] > top ? x[k] : top;
+    if (top > most) sum *= exponential(static_cast<float>(most - top));
+    most = top;
+    if (top == minus_infinity()) return;
+#pragma unroll
+    for (int k = 0; k < N; ++k) sum += exponential(static_cast<float>(x[k] - top));
   }
 
   // With the lane whose index differs in the bits of `lanes`; the same bits in both.
   __device__ void add_lane(int lanes) {
     const double other_most = __shfl_xor_sync(kAllLanes, most, lanes);
-    const float other_sum = __shfl_xor_sync(kAllLanes, sum, lanes);
-    if (other_most == minus_infinity()) return;
+    const real other_sum = __shfl_xor_sync(kAllLanes, sum, lanes);
     const double top = maximum(most, other_most);
-    const float mine = most == minus_infinity() ? 0.0f : sum * exp_of(most - top);
-    sum = mine + other_sum * exp_of(other_most - top);
+    if (top == minus_infinity()) return;
+    sum = sum * exponential(static_cast<float>(most - top)) +
+          other_sum * exponential(static_cast<float>(other_most - top));
     most = top;
   }
 
@@ -154,7 +168,7 @@ struct ResidentParams {
 template <int kRows, int kColumns, int kMaxWarps>
 struct ResidentMemory {
   double phi[kRows], gamma[kColumns];  // absorbed potentials
-  double of_warp[kMaxWarps], of_cta[2][kMaxCluster];
+  double per_epsilon, of_warp[kMaxWarps], of_cta[2][kMaxCluster];
   float u[2][kRows];  // of the last iteration and of the next, in turn
   float a[kRows], v[kColumns], b[kColumns];
   float part_sum[kMaxWarps][kRows], part_most[kMaxWarps][kRows];
@@ -205,7 +219,6 @@ struct Resident {
   int rows, columns;                      // columns of the slab that exist
   int rank, row_lane, base;               // base: this lane's first column in the slab
   int exchanges = 0, sums = 0, current = 0;  // current: which u is the last iteration's
-  double per_epsilon;
   bool stale = true;  // the tile is not that of the absorbed potentials
   float tile[R][C];
 
@@ -227,16 +240,17 @@ struct Resident {
     columns = static_cast<int>(left < 0 ? 0 : left < p.slab ? left : p.slab);
     row_lane = lane_index() / kColumnLanes;
     base = warp_index() * kStrip + lane_index() % kColumnLanes * C;
-    per_epsilon = 1.0 / q.epsilon_of(problem);
   }
 
   __device__ double cost_at(int i, int j) const {
     const Matrix& cost = p.problem.cost;
-    return scaled_cost(cost, offset + i * cost.row_stride + j * cost.column_stride, per_epsilon);
+    return scaled_cost(cost, offset + i * cost.row_stride + j * cost.column_stride, memory.per_epsilon);
   }
 
   __device__ void start() {
     const Problem& q = p.problem;
+    const double per_epsilon = 1.0 / q.epsilon_of(problem);
+    if (threadIdx.x == 0) memory.per_epsilon = per_epsilon;
     for (int i = threadIdx.x; i < kRows; i += blockDim.x) {
       memory.a[i] = i < rows ? q.row_mass(problem, i) : 0.0f;
       memory.phi[i] = minus_infinity();
@@ -244,13 +258,9 @@ struct Resident {
     }
     for (int j = threadIdx.x; j < warp_count() * kStrip; j += blockDim.x) {
       const float mass = j < columns ? q.column_mass(problem, first_column + j) : 0.0f;
-      double gamma = 0;
-      if (q.init && j < columns) {
-        gamma = q.init[problem * q.columns + first_column + j] * per_epsilon;
-        if (gamma - gamma != 0) gamma = 0;  // not finite
-      }
       memory.b[j] = mass;
-      memory.gamma[j] = mass > 0 ? gamma : minus_infinity();
+      memory.gamma[j] = mass > 0 ? q.first_gamma(problem, first_column + j, per_epsilon)
+                                 : minus_infinity();
       memory.v[j] = 1.0f;
     }
     __syncthreads();
@@ -314,7 +324,7 @@ struct Resident {
 
   // The half-step of this warp's columns in log form; its scales become 1.
   __device__ void log_columns() {
-    LogSum total[C];
+    LogSum<float> total[C];
 #pragma unroll 1
     for (int i = row_lane; i < rows; i += kRowLanes) {
       const double phi = memory.phi[i] + ::log(static_cast<double>(memory.u[current][i]));
@@ -391,7 +401,7 @@ struct Resident {
 #pragma unroll 1
     for (int r = 0; r < R; ++r) {
       const int i = r * kRowLanes + row_lane;
-      LogSum total;
+      LogSum<float> total;
 #pragma unroll 1
       for (int j = base; i < rows && j < base + C && j < columns; ++j) {
         total.add(memory.gamma[j] - cost_at(i, j));
@@ -407,7 +417,7 @@ struct Resident {
     }
     __syncthreads();
     for (int i = threadIdx.x; i < kRows; i += blockDim.x) {
-      LogSum total;
+      LogSum<float> total;
       for (int w = 0; w < warp_count(); ++w) {
         total.add(memory.part_most[w][i], memory.part_sum[w][i]);
       }
@@ -422,7 +432,7 @@ struct Resident {
     if (p.cluster > 1) {
       cluster_barrier();
       for (int i = threadIdx.x; i < kRows; i += blockDim.x) {
-        LogSum total;
+        LogSum<float> total;
         for (int from = 0; from < p.cluster; ++from) {
           const Exchange& now = exchange[exchanges & 1];
           total.add(now.most[from][i], now.sum[from][i]);
@@ -434,7 +444,7 @@ struct Resident {
     __syncthreads();
   }
 
-  __device__ void set_row(int i, const LogSum& total) {
+  __device__ void set_row(int i, const LogSum<float>& total) {
     memory.phi[i] = log_half_step(memory.a[i], total.logarithm_of());
     memory.u[current][i] = 1.0f;
   }
@@ -578,6 +588,813 @@ __global__ void __launch_bounds__(W * kWarp, 512 / (W * kWarp))
   SKETCHFAST_SHARED_MEMORY(shared);
   Resident<R, C, W> solver(p, shared);
   solver.run();
+}
+
+// --- the streamed solver: a launch per half-step, in log form
+//
+// Lines are the rows or the columns; a line's terms are summed by lanes beside each other where the
+// terms lie beside each other in memory (along), and by one lane where the lines do (across). Where
+// there are few lines, several CTAs share the terms of one, and combine_kernel adds their parts.
+
+constexpr int kLineThreads = 256, kLineWarps = kLineThreads / kWarp;
+
+struct Lines {
+  int64_t count, lines, terms;  // count: problems
+  int64_t problem_stride, line_stride, term_stride;
+  int splits;           // CTAs a line
+  int warps;            // along: warps a line, 1 or all
+  const int32_t* runs;  // [count], 0: nothing to do for this problem; or null
+  int iteration;        // only where runs[problem] >= this
+
+  __device__ bool wants(int64_t problem) const { return !runs || runs[problem] >= iteration; }
+  __device__ int64_t offset(int64_t problem, int64_t line, int64_t term) const {
+    return problem * problem_stride + line * line_stride + term * term_stride;
+  }
+};
+
+// Which lines and terms a CTA has, from its index.
+struct Share {
+  int64_t problem, first_line, first_term, end_term;
+  int split;
+
+  __device__ Share(const Lines& lines, int lines_a_cta) {
+    const int64_t blocks = ceil_div(lines.lines, lines_a_cta);
+    int64_t index = blockIdx.x;
+    split = static_cast<int>(index % lines.splits);
+    index /= lines.splits;
+    first_line = index % blocks * lines_a_cta;
+    problem = index / blocks;
+    const int64_t size = ceil_div(lines.terms, lines.splits);
+    first_term = split * size;
+    end_term = first_term + size < lines.terms ? first_term + size : lines.terms;
+  }
+};
+
+// Two sums in float64.
+struct Sums {
+  double first = 0, second = 0;
+
+  __device__ void add(const Sums& other) {
+    first += other.first;
+    second += other.second;
+  }
+  __device__ void add_lane(int lanes) {
+    first += __shfl_xor_sync(kAllLanes, first, lanes);
+    second += __shfl_xor_sync(kAllLanes, second, lanes);
+  }
+};
+
+// An operation on lines has `lines`, a State (LogSum or Sums), add(problem, line, terms[4], state) for
+// terms that may be -1, parts [count, lines, splits] and finish(problem, line, state).
+
+template <typename Op>
+__device__ inline void end_line(const Op& op, const Share& share, int64_t line,
+                                const typename Op::State& state) {
+  if (op.lines.splits == 1) return op.finish(share.problem, line, state);
+  op.parts[(share.problem * op.lines.lines + line) * op.lines.splits + share.split] = state;
+}
+
+template <typename Op>
+__global__ void __launch_bounds__(kLineThreads) along_kernel(const __grid_constant__ Op op) {
+  SKETCHFAST_SHARED_MEMORY(shared);
+  auto* of_warp = reinterpret_cast<typename Op::State*>(shared);
+  const int warps = op.lines.warps;
+  const Share share(op.lines, kLineWarps / warps);
+  if (!op.lines.wants(share.problem)) return;
+  const int64_t line = share.first_line + warp_index() / warps;
+  const int stride = warps * kWarp;
+  typename Op::State state{};
+  if (line < op.lines.lines) {
+    const int start = warp_index() % warps * kWarp + lane_index();
+#pragma unroll 1
+    for (int64_t term = share.first_term + start; term < share.end_term; term += 4 * stride) {
+      int64_t terms[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        terms[k] = term + k * stride < share.end_term ? term + k * stride : -1;
+      }
+      op.add(share.problem, line, terms, &state);
+    }
+  }
+  for (int step = 1; step < kWarp; step *= 2) state.add_lane(step);
+  if (warps > 1) {
+    if (lane_index() == 0) of_warp[warp_index()] = state;
+    __syncthreads();
+    if (warp_index() > 0) return;
+    for (int w = 1; w < warps; ++w) state.add(of_warp[w]);
+  }
+  if (lane_index() == 0 && line < op.lines.lines) end_line(op, share, line, state);
+}
+
+template <typename Op>
+__global__ void __launch_bounds__(kLineThreads) across_kernel(const __grid_constant__ Op op) {
+  SKETCHFAST_SHARED_MEMORY(shared);
+  auto* of_thread = reinterpret_cast<typename Op::State*>(shared);
+  const Share share(op.lines, kWarp);
+  if (!op.lines.wants(share.problem)) return;
+  const int64_t line = share.first_line + lane_index();
+  typename Op::State state{};
+#pragma unroll 1
+  for (int64_t term = share.first_term + warp_index(); term < share.end_term;
+       term += 4 * kLineWarps) {
+    int64_t terms[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int64_t next = term + k * kLineWarps;
+      terms[k] = line < op.lines.lines && next < share.end_term ? next : -1;
+    }
+    op.add(share.problem, line, terms, &state);
+  }
+  of_thread[threadIdx.x] = state;
+  __syncthreads();
+  if (warp_index() > 0 || line >= op.lines.lines) return;
+  for (int w = 1; w < kLineWarps; ++w) state.add(of_thread[w * kWarp + lane_index()]);
+  end_line(op, share, line, state);
+}
+
+template <typename Op>
+__global__ void __launch_bounds__(kLineThreads) combine_kernel(const __grid_constant__ Op op) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kLineThreads + threadIdx.x;
+  if (index >= op.lines.count * op.lines.lines) return;
+  const int64_t problem = index / op.lines.lines, line = index % op.lines.lines;
+  if (!op.lines.wants(problem)) return;
+  typename Op::State state = op.parts[index * op.lines.splits];
+  for (int s = 1; s < op.lines.splits; ++s) state.add(op.parts[index * op.lines.splits + s]);
+  op.finish(problem, line, state);
+}
+
+// A half-step in log form: potential = log(mass) - log of the sum of exp(other - C / epsilon).
+struct HalfStep {
+  using State = LogSum<double>;
+  Lines lines;
+  State* parts;
+  Matrix cost;
+  const double* epsilon;
+  double epsilon_value;
+  const float* mass;  // [count, lines], or null: mass_value
+  float mass_value;
+  const double* other;  // [count, terms]
+  const double* old;    // [count, lines]; with it, what mass the plan of `old` and `other` gives lines
+  double* error;        // [count, lines], |that - mass|, or null
+  double* potential;    // [count, lines], or null
+
+  __device__ void add(int64_t problem, int64_t line, const int64_t (&terms)[4], State* state) const {
+    const double per_epsilon = 1.0 / (epsilon ? epsilon[problem] : epsilon_value);
+    double x[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      x[k] = terms[k] < 0 ? minus_infinity()
+                          : other[problem * lines.terms + terms[k]] -
+                                scaled_cost(cost, lines.offset(problem, line, terms[k]), per_epsilon);
+    }
+    state->add_all(x);
+  }
+
+  __device__ void finish(int64_t problem, int64_t line, const State& state) const {
+    const int64_t at = problem * lines.lines + line;
+    const double m = mass ? mass[at] : mass_value, log_sum = state.logarithm_of();
+    const double now = log_half_step(m, log_sum);
+    if (error) {
+      const double gap = old[at] == minus_infinity() ? m : ::exp(old[at] + log_sum) - m;
+      error[at] = is_infeasible(m, now) ? std::numeric_limits<double>::infinity() : ::fabs(gap);
+    }
+    if (potential) potential[at] = now;
+  }
+};
+
+// The sum over all threads of a CTA of kLineThreads, the same in each.
+__device__ inline double sum_of_cta(double value, double* of_warp) {
+  value = sum_of_warp(value);
+  __syncthreads();
+  if (lane_index() == 0) of_warp[warp_index()] = value;
+  __syncthreads();
+  double sum = 0;
+  for (int w = 0; w < kLineWarps; ++w) sum += of_warp[w];
+  return sum;
+}
+
+// What a streamed solve keeps in memory.
+struct State {
+  Problem problem;
+  Solution solution;
+  double *phi, *gamma, *next_phi;  // [count, rows], [count, columns]; next_phi where there is a tol
+  double* error;                   // [count, rows]
+  int32_t* runs;                   // [count]: the iteration a problem is at; -1: converged; or null
+  int32_t* iterations;             // [count] or null
+  int iteration;
+};
+
+// Potentials to start from; a CTA per problem.
+__global__ inline void __launch_bounds__(kLineThreads) start_kernel(const __grid_constant__ State s) {
+  const Problem& q = s.problem;
+  const int64_t problem = blockIdx.x;
+  const double per_epsilon = 1.0 / q.epsilon_of(problem);
+  for (int64_t j = threadIdx.x; j < q.columns; j += kLineThreads) {
+    const bool live = q.column_mass(problem, j) > 0;
+    s.gamma[problem * q.columns + j] =
+        live ? q.first_gamma(problem, j, per_epsilon) : minus_infinity();
+  }
+  if (threadIdx.x == 0 && s.runs) s.runs[problem] = 1;
+}
+
+// The marginal error of a problem's plan, inf where it is infeasible; the same in every thread.
+__device__ inline double plan_error(const State& s, int64_t problem, double* of_warp) {
+  const Problem& q = s.problem;
+  double error = 0;
+  for (int64_t i = threadIdx.x; i < q.rows; i += kLineThreads) error += s.error[problem * q.rows + i];
+  for (int64_t j = threadIdx.x; j < q.columns; j += kLineThreads) {
+    if (is_infeasible(q.column_mass(problem, j), s.gamma[problem * q.columns + j])) {
+      error = std::numeric_limits<double>::infinity();
+    }
+  }
+  return sum_of_cta(error, of_warp);
+}
+
+// After the row half-step of s.iteration, which told the error of the iteration before: whether the
+// problem goes on, and if so with the new phi. A CTA per problem.
+__global__ inline void __launch_bounds__(kLineThreads) decide_kernel(const __grid_constant__ State s) {
+  SKETCHFAST_SHARED_MEMORY(shared);
+  const Problem& q = s.problem;
+  const int64_t problem = blockIdx.x;
+  if (s.runs[problem] < 0) return;
+  if (s.iteration > 1) {
+    const double error = plan_error(s, problem, reinterpret_cast<double*>(shared));
+    if (static_cast<float>(error) < q.tol) {
+      if (threadIdx.x == 0) s.runs[problem] = -1;
+      return;
+    }
+  }
+  for (int64_t i = threadIdx.x; i < q.rows; i += kLineThreads) {
+    s.phi[problem * q.rows + i] = s.next_phi[problem * q.rows + i];
+  }
+  if (threadIdx.x == 0) s.iterations[problem] = s.iteration;
+}
+
+// What a caller sees of the potentials; a CTA per problem.
+__global__ inline void __launch_bounds__(kLineThreads) finish_kernel(const __grid_constant__ State s) {
+  SKETCHFAST_SHARED_MEMORY(shared);
+  double* of_warp = reinterpret_cast<double*>(shared);
+  const Problem& q = s.problem;
+  const Solution& out = s.solution;
+  const int64_t problem = blockIdx.x;
+  const double epsilon = q.epsilon_of(problem);
+  const double error = plan_error(s, problem, of_warp);
+  double weighted = 0, weight = 0, value = 0;
+  for (int64_t j = threadIdx.x; j < q.columns; j += kLineThreads) {
+    const double gamma = s.gamma[problem * q.columns + j];
+    if (gamma == minus_infinity()) continue;
+    weighted += q.column_mass(problem, j) * gamma;
+    weight += q.column_mass(problem, j);
+  }
+  weighted = sum_of_cta(weighted, of_warp);
+  weight = sum_of_cta(weight, of_warp);
+  const double shift = weight > 0 ? weighted / weight : 0.0;
+  for (int64_t j = threadIdx.x; j < q.columns; j += kLineThreads) {
+    const int64_t at = problem * q.columns + j;
+    const float b = q.column_mass(problem, j);
+    const double g = shown_potential(s.gamma[at], -shift, epsilon, b);
+    if (out.g) out.g[at] = static_cast<float>(g);
+    if (b > 0) value += b * g;
+  }
+  for (int64_t i = threadIdx.x; i < q.rows; i += kLineThreads) {
+    const int64_t at = problem * q.rows + i;
+    const float a = q.row_mass(problem, i);
+    const double f = shown_potential(s.phi[at], shift, epsilon, a);
+    if (out.f) out.f[at] = static_cast<float>(f);
+    if (a > 0) value += a * f;
+  }
+  value = sum_of_cta(value, of_warp) - epsilon * weight;
+  if (threadIdx.x != 0) return;
+  if (out.value) out.value[problem] = static_cast<float>(value);
+  if (out.error) out.error[problem] = static_cast<float>(error);
+  if (out.iterations) out.iterations[problem] = s.runs ? s.iterations[problem] : q.max_iter;
+}
+
+// --- entry by entry, in the order of memory
+
+constexpr int kChunk = 2048;  // entries a CTA
+
+struct EntryParams {
+  Matrix cost;
+  int64_t count, rows, columns;
+  const double* epsilon;
+  double epsilon_value;
+  const double *phi, *gamma;
+  Output out;
+  const float* scale;     // [count], a factor of the plan, or null
+  const double* plan;     // cost gradient: [count, rows, columns]
+  const double *lam, *mu;
+  Input grad_plan;        // data null: none
+};
+
+// Runs visit(problem, i, j, offset) for the CTA's entries.
+template <typename Visit>
+__device__ inline void for_entries(const EntryParams& p, Visit visit) {
+  const int64_t size = p.rows * p.columns, chunks = ceil_div(size, kChunk);
+  const int64_t problem = blockIdx.x / chunks, first = blockIdx.x % chunks * kChunk;
+  const bool by_rows = p.cost.column_stride == 1;
+  const int64_t inner = by_rows ? p.columns : p.rows;
+  const int64_t line = first / inner;
+  const uint32_t start = static_cast<uint32_t>(first % inner);
+#pragma unroll 1
+  for (int k = threadIdx.x; k < kChunk && first + k < size; k += kLineThreads) {
+    const uint32_t at = start + k, lines = at / static_cast<uint32_t>(inner);
+    const int64_t outer_index = line + lines, inner_index = at - lines * inner;
+    visit(problem, by_rows ? outer_index : inner_index, by_rows ? inner_index : outer_index,
+          problem * size + first + k);
+  }
+}
+
+__global__ inline void __launch_bounds__(kLineThreads) plan_kernel(const __grid_constant__ EntryParams p) {
+  for_entries(p, [&](int64_t problem, int64_t i, int64_t j, int64_t offset) {
+    const double per_epsilon = 1.0 / (p.epsilon ? p.epsilon[problem] : p.epsilon_value);
+    const double potential = p.phi[problem * p.rows + i] + p.gamma[problem * p.columns + j];
+    const float scale = p.scale ? p.scale[problem] : 1.0f;
+    store(p.out, offset, scale * exp_of(potential - scaled_cost(p.cost, offset, per_epsilon)));
+  });
+}
+
+__device__ inline void store_double(const Output& out, int64_t i, double value) {
+  store(out, i, static_cast<float>(value));
+}
+
+__global__ inline void __launch_bounds__(kLineThreads)
+    cost_gradient_kernel(const __grid_constant__ EntryParams p) {
+  for_entries(p, [&](int64_t problem, int64_t i, int64_t j, int64_t offset) {
+    double slope = p.lam[problem * p.rows + i] + p.mu[problem * p.columns + j];
+    if (p.grad_plan.data) slope -= load(p.grad_plan, offset) / p.epsilon[problem];
+    const double plan = p.plan[offset];
+    store_double(p.out, offset, plan > 0 ? plan * slope : 0.0);
+  });
+}
+
+// --- sums of the implicit and the unrolled gradient, in float64
+
+// Of lines: the sum of plan, and of plan * grad_plan; the right-hand sides of the adjoint system.
+struct Adjoint {
+  using State = Sums;
+  Lines lines;
+  State* parts;
+  Matrix cost;
+  const double* epsilon;
+  const double *line_potential, *term_potential;
+  Input grad_plan;    // data null: none
+  const float* grad;  // [count, lines], of f or g; or null
+  double* plan;       // written where not null
+  double* out;        // [count, lines]
+
+  __device__ void add(int64_t problem, int64_t line, const int64_t (&terms)[4], State* state) const {
+    const double per_epsilon = 1.0 / epsilon[problem];
+    const double potential = line_potential[problem * lines.lines + line];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (terms[k] < 0) continue;
+      const int64_t offset = lines.offset(problem, line, terms[k]);
+      const double mass = ::exp(potential + term_potential[problem * lines.terms + terms[k]] -
+                                scaled_cost(cost, offset, per_epsilon));
+      if (plan) plan[offset] = mass;
+      state->first += mass;
+      if (grad_plan.data && mass > 0) state->second += mass * load(grad_plan, offset);
+    }
+  }
+
+  __device__ void finish(int64_t problem, int64_t line, const State& state) const {
+    const int64_t at = problem * lines.lines + line;
+    out[at] = state.second / epsilon[problem] + (grad && state.first > 0 ? grad[at] : 0.0);
+  }
+};
+
+// One half-step backwards. The slopes of the terms (the gradient to their potential over their mass)
+// pass through the plan between: slope_line = (own gradient - sum of plan * slope_term) / mass_line.
+struct Backstep {
+  using State = Sums;
+  Lines lines;
+  State* parts;
+  Matrix cost;
+  const double* epsilon;
+  const double *line_potential, *term_potential;  // of the plan between
+  const double* term_slope;                       // [count, terms]
+  const double* own;  // [count, lines], the gradient to the returned potential; or null
+  const int32_t* iterations;
+  int iteration;      // `own` counts where this is the problem's last
+  bool last_has_none;  // and then there are no terms: nothing follows
+  const float* mass;  // [count, lines], or null: mass_value
+  float mass_value;
+  double* slope;      // [count, lines]
+
+  __device__ void add(int64_t problem, int64_t line, const int64_t (&terms)[4], State* state) const {
+    if (last_has_none && iterations[problem] == iteration) return;
+    const double per_epsilon = 1.0 / epsilon[problem];
+    const double potential = line_potential[problem * lines.lines + line];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (terms[k] < 0) continue;
+      const int64_t at = problem * lines.terms + terms[k];
+      state->first += term_slope[at] *
+                      ::exp(potential + term_potential[at] -
+                            scaled_cost(cost, lines.offset(problem, line, terms[k]), per_epsilon));
+    }
+  }
+
+  __device__ void finish(int64_t problem, int64_t line, const State& state) const {
+    const int64_t at = problem * lines.lines + line;
+    const double m = mass ? mass[at] : mass_value;
+    const bool live = line_potential[at] != minus_infinity();
+    const double mine = own && iterations[problem] == iteration ? own[at] : 0.0;
+    slope[at] = live ? (mine - state.first) / m : 0.0;
+  }
+};
+
+struct UnrolledParams {
+  Problem problem;
+  double *last_phi, *last_gamma;  // [count, rows], [count, columns]: of each problem's last iteration
+  const int32_t* iterations;
+  // [max_iter + 1][count, rows or columns]; index 0 is the start
+  const double *phi, *gamma;
+  double *row_slope, *column_slope;
+  double *own_row, *own_column;  // gradients to the last phi and gamma
+  const float *grad_f, *grad_g;
+  Input grad_plan;
+  Output grad_cost;
+  float *grad_a, *grad_b;
+  double* gauge_b;  // [count, columns]: what the gauge adds to grad_b
+};
+
+// The potentials after each problem's last iteration. A CTA per problem.
+__global__ inline void __launch_bounds__(kLineThreads)
+    unrolled_last_kernel(const __grid_constant__ UnrolledParams p) {
+  const Problem& q = p.problem;
+  const int64_t problem = blockIdx.x, from = p.iterations[problem] * q.count + problem;
+  for (int64_t i = threadIdx.x; i < q.rows; i += kLineThreads) {
+    p.last_phi[problem * q.rows + i] = p.phi[from * q.rows + i];
+  }
+  for (int64_t j = threadIdx.x; j < q.columns; j += kLineThreads) {
+    p.last_gamma[problem * q.columns + j] = p.gamma[from * q.columns + j];
+  }
+}
+
+// Turns the right-hand sides of Adjoint into gradients to the last phi and gamma, with the gauge's
+// part: f = epsilon (phi + s), g = epsilon (gamma - s), s = <b, gamma> / <b, 1>. A CTA per problem.
+__global__ inline void __launch_bounds__(kLineThreads)
+    unrolled_start_kernel(const __grid_constant__ UnrolledParams p) {
+  SKETCHFAST_SHARED_MEMORY(shared);
+  double* of_warp = reinterpret_cast<double*>(shared);
+  const Problem& q = p.problem;
+  const int64_t problem = blockIdx.x;
+  const double epsilon = q.epsilon[problem];
+  const double* phi = p.last_phi + problem * q.rows;
+  const double* gamma = p.last_gamma + problem * q.columns;
+  double to_shift = 0, weighted = 0, weight = 0;
+  for (int64_t i = threadIdx.x; i < q.rows; i += kLineThreads) {
+    const int64_t at = problem * q.rows + i;
+    if (p.grad_f && phi[i] != minus_infinity()) to_shift += p.grad_f[at];
+    p.own_row[at] *= epsilon;
+  }
+  for (int64_t j = threadIdx.x; j < q.columns; j += kLineThreads) {
+    if (gamma[j] == minus_infinity()) continue;
+    if (p.grad_g) to_shift -= p.grad_g[problem * q.columns + j];
+    weighted += q.column_mass(problem, j) * gamma[j];
+    weight += q.column_mass(problem, j);
+  }
+  to_shift = epsilon * sum_of_cta(to_shift, of_warp);
+  weighted = sum_of_cta(weighted, of_warp);
+  weight = sum_of_cta(weight, of_warp);
+  const double per_weight = weight > 0 ? 1 / weight : 0.0;
+  for (int64_t j = threadIdx.x; j < q.columns; j += kLineThreads) {
+    const int64_t at = problem * q.columns + j;
+    const bool live = gamma[j] != minus_infinity();
+    const double b = q.column_mass(problem, j);
+    p.own_column[at] = live ? epsilon * p.own_column[at] + to_shift * b * per_weight : 0.0;
+    p.gauge_b[at] = live ? to_shift * (gamma[j] - weighted * per_weight) * per_weight : 0.0;
+  }
+}
+
+// grad_a = the sum of slopes over iterations; grad_b likewise with the gauge's part. A CTA per problem.
+__global__ inline void __launch_bounds__(kLineThreads)
+    unrolled_marginals_kernel(const __grid_constant__ UnrolledParams p) {
+  const Problem& q = p.problem;
+  const int64_t problem = blockIdx.x, last = p.iterations[problem];
+  for (int64_t i = threadIdx.x; i < q.rows; i += kLineThreads) {
+    double sum = 0;
+    for (int64_t n = last; n >= 1; --n) sum += p.row_slope[(n * q.count + problem) * q.rows + i];
+    p.grad_a[problem * q.rows + i] = static_cast<float>(sum);
+  }
+  for (int64_t j = threadIdx.x; j < q.columns; j += kLineThreads) {
+    double sum = p.gauge_b[problem * q.columns + j];
+    for (int64_t n = last; n >= 1; --n) {
+      sum += p.column_slope[(n * q.count + problem) * q.columns + j];
+    }
+    p.grad_b[problem * q.columns + j] = static_cast<float>(sum);
+  }
+}
+
+// (sum over half-steps of plan between * slope - grad_plan * plan) / epsilon.
+__global__ inline void __launch_bounds__(kLineThreads)
+    unrolled_cost_kernel(const __grid_constant__ UnrolledParams p) {
+  const Problem& q = p.problem;
+  EntryParams entries{};
+  entries.cost = q.cost;
+  entries.rows = q.rows;
+  entries.columns = q.columns;
+  for_entries(entries, [&](int64_t problem, int64_t i, int64_t j, int64_t offset) {
+    const double per_epsilon = 1.0 / q.epsilon[problem];
+    const double cost = scaled_cost(q.cost, offset, per_epsilon);
+    const int64_t rows = q.count * q.rows, columns = q.count * q.columns;
+    const int64_t row = problem * q.rows + i, column = problem * q.columns + j;
+    const int64_t last = p.iterations[problem];
+    double sum = 0;
+    if (p.grad_plan.data) {
+      const double plan = ::exp(p.phi[last * rows + row] + p.gamma[last * columns + column] - cost);
+      if (plan > 0) sum -= plan * load(p.grad_plan, offset);
+    }
+#pragma unroll 1
+    for (int64_t n = last; n >= 1; --n) {
+      const double phi = p.phi[n * rows + row] - cost;
+      sum += p.column_slope[n * columns + column] * ::exp(phi + p.gamma[n * columns + column]);
+      sum += p.row_slope[n * rows + row] * ::exp(phi + p.gamma[(n - 1) * columns + column]);
+    }
+    store_double(p.grad_cost, offset, sum * per_epsilon);
+  });
+}
+
+// --- point clouds: the cost is formed on the fly, tile by tile
+//
+// In many dimensions ||x - y||^2 = |x|^2 + |y|^2 - 2 x.y of points about a common centre: the product
+// is one multiply-add a dimension, the norms are float64. In few, where points lie close to each
+// other for their spread, differences are squared and nothing cancels.
+
+constexpr int kFewDimensions = 8;
+constexpr int kDepth = 32;  // dimensions at a time
+
+struct Cloud {
+  const float* points;  // [count, size, dimensions]
+  const double* norm;   // [count, size], about the centre; not of few dimensions
+  int64_t size;
+};
+
+struct PointsParams {
+  Cloud lines, terms;
+  int64_t count;
+  int dimensions;
+  const float* centre;  // [count, dimensions]
+  const double* epsilon;
+  const double *line_potential, *term_potential;
+  // half-step
+  LogSum<double>* parts;  // [count, lines, splits]
+  int splits;
+  const int32_t* runs;
+  // gradient
+  const float* grad;  // [count]
+  float* out;         // [count, lines, dimensions]
+
+  __device__ bool few() const { return dimensions <= kFewDimensions; }
+};
+
+// The mean of up to 1024 of the points of `lines`, which is about their centre. A CTA a problem.
+__global__ inline void __launch_bounds__(kLineThreads) centre_kernel(const __grid_constant__ PointsParams p) {
+  SKETCHFAST_SHARED_MEMORY(shared);
+  double* of_thread = reinterpret_cast<double*>(shared);
+  const int64_t problem = blockIdx.x, step = ceil_div(p.lines.size, 1024);
+  for (int first = 0; first < p.dimensions; first += kWarp) {
+    const int axis = first + lane_index();
+    double sum = 0;
+    int64_t seen = 0;
+    for (int64_t i = 0; i < p.lines.size; i += step, ++seen) {
+      if (seen % kLineWarps != warp_index() || axis >= p.dimensions) continue;
+      sum += p.lines.points[(problem * p.lines.size + i) * p.dimensions + axis];
+    }
+    __syncthreads();
+    of_thread[threadIdx.x] = sum;
+    __syncthreads();
+    if (warp_index() > 0 || axis >= p.dimensions) continue;
+    for (int w = 1; w < kLineWarps; ++w) sum += of_thread[w * kWarp + lane_index()];
+    const_cast<float*>(p.centre)[problem * p.dimensions + axis] =
+        static_cast<float>(sum / static_cast<double>(seen));
+  }
+}
+
+// Squared norms of `lines` about the centre; a warp a point.
+__global__ inline void __launch_bounds__(kLineThreads) norm_kernel(const __grid_constant__ PointsParams p) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kLineWarps + warp_index();
+  if (at >= p.count * p.lines.size) return;
+  const float* centre = p.centre + at / p.lines.size * p.dimensions;
+  double sum = 0;
+  for (int axis = lane_index(); axis < p.dimensions; axis += kWarp) {
+    const double x = p.lines.points[at * p.dimensions + axis] - centre[axis];
+    sum += x * x;
+  }
+  sum = sum_of_warp(sum);
+  if (lane_index() == 0) const_cast<double*>(p.lines.norm)[at] = sum;
+}
+
+// Products (or squared distances) of T x T points in a CTA of 256 threads, M = T / 16 a thread each
+// way: threads of a warp hold 2 groups of lines and 16 of terms, a group being M / 4 runs of 4.
+template <int T>
+struct PointTile {
+  static constexpr int M = T / 16;
+  float line[kDepth][T + 4], term[kDepth][T + 4];
+
+  // Index in the tile of a thread's k-th line or term: runs of 4, T / (M / 4) apart.
+  static __device__ int place(int group, int k) { return k / 4 * (T / (M / 4)) + group * 4 + k % 4; }
+
+  static __device__ void fill(float (*to)[T + 4], const PointsParams& p, const Cloud& cloud,
+                              int64_t problem, int64_t first, int axis) {
+    for (int k = threadIdx.x; k < T * kDepth; k += kLineThreads) {
+      const int point = k / kDepth, depth = k % kDepth;
+      const bool inside = first + point < cloud.size && axis + depth < p.dimensions;
+      float x = 0;
+      if (inside) {
+        x = cloud.points[(problem * cloud.size + first + point) * p.dimensions + axis + depth];
+        if (!p.few()) x -= p.centre[problem * p.dimensions + axis + depth];
+      }
+      to[depth][point] = x;
+    }
+  }
+
+  // Ends with a barrier after the last read.
+  __device__ void multiply(const PointsParams& p, int64_t problem, int64_t first_line,
+                           int64_t first_term, float (&sum)[M][M]) {
+    const int row = threadIdx.x / 16, column = threadIdx.x % 16;
+#pragma unroll
+    for (int r = 0; r < M; ++r) {
+#pragma unroll
+      for (int c = 0; c < M; ++c) sum[r][c] = 0;
+    }
+#pragma unroll 1
+    for (int axis = 0; axis < p.dimensions; axis += kDepth) {
+      fill(line, p, p.lines, problem, first_line, axis);
+      fill(term, p, p.terms, problem, first_term, axis);
+      __syncthreads();
+      const int left = p.dimensions - axis, depths = left < kDepth ? left : kDepth;
+#pragma unroll 4
+      for (int depth = 0; depth < depths; ++depth) {
+        float x[M], y[M];
+#pragma unroll
+        for (int k = 0; k < M; ++k) {
+          x[k] = line[depth][place(row, k)];
+          y[k] = term[depth][place(column, k)];
+        }
+        if (p.few()) {
+#pragma unroll
+          for (int r = 0; r < M; ++r) {
+#pragma unroll
+            for (int c = 0; c < M; ++c) sum[r][c] += (x[r] - y[c]) * (x[r] - y[c]);
+          }
+        } else {
+#pragma unroll
+          for (int r = 0; r < M; ++r) {
+#pragma unroll
+            for (int c = 0; c < M; ++c) sum[r][c] += x[r] * y[c];
+          }
+        }
+      }
+      __syncthreads();
+    }
+  }
+
+  // potential - C / epsilon is factor * sum + weight of the line + weight of the term.
+  static __device__ double factor(const PointsParams& p, double per_epsilon) {
+    return p.few() ? -per_epsilon : 2 * per_epsilon;
+  }
+  static __device__ double weight(const PointsParams& p, const Cloud& cloud, const double* potential,
+                                  int64_t problem, int64_t point, double per_epsilon) {
+    if (point >= cloud.size) return minus_infinity();
+    const int64_t at = problem * cloud.size + point;
+    const double norm = p.few() ? 0.0 : cloud.norm[at] * per_epsilon;
+    return (potential ? potential[at] : 0.0) - norm;
+  }
+};
+
+constexpr int kPointTile = 128, kGradTile = 64;
+
+// The sums of a half-step over clouds; combine_kernel<HalfStep> finishes it.
+__global__ inline void __launch_bounds__(kLineThreads) points_kernel(const __grid_constant__ PointsParams p) {
+  using Tile = PointTile<kPointTile>;
+  constexpr int M = Tile::M;
+  SKETCHFAST_SHARED_MEMORY(shared);
+  Tile& tile = *reinterpret_cast<Tile*>(shared);
+  double* term_weight = reinterpret_cast<double*>(shared + sizeof(Tile));
+  const int64_t blocks = ceil_div(p.lines.size, kPointTile);
+  const int split = static_cast<int>(blockIdx.x % p.splits);
+  const int64_t block = blockIdx.x / p.splits, problem = block / blocks;
+  if (p.runs && p.runs[problem] < 0) return;
+  const int64_t first_line = block % blocks * kPointTile;
+  const int64_t tiles = ceil_div(p.terms.size, kPointTile), a_split = ceil_div(tiles, p.splits);
+  const int64_t first = split * a_split, end = first + a_split < tiles ? first + a_split : tiles;
+  const double per_epsilon = 1.0 / p.epsilon[problem], factor = Tile::factor(p, per_epsilon);
+  const int row = threadIdx.x / 16, column = threadIdx.x % 16;
+  LogSum<float> total[M];
+#pragma unroll 1
+  for (int64_t t = first; t < end; ++t) {
+    for (int k = threadIdx.x; k < kPointTile; k += kLineThreads) {
+      term_weight[k] = Tile::weight(p, p.terms, p.term_potential, problem, t * kPointTile + k, per_epsilon);
+    }
+    float sum[M][M];
+    tile.multiply(p, problem, first_line, t * kPointTile, sum);
+#pragma unroll
+    for (int r = 0; r < M; ++r) {
+      double x[M];
+#pragma unroll
+      for (int c = 0; c < M; ++c) x[c] = factor * sum[r][c] + term_weight[Tile::place(column, c)];
+      total[r].add_all(x);
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int r = 0; r < M; ++r) {
+    for (int step = 1; step < 16; step *= 2) total[r].add_lane(step);
+    const int64_t line = first_line + Tile::place(row, r);
+    if (column != 0 || line >= p.lines.size) continue;
+    LogSum<double> part;
+    part.most = total[r].most + Tile::weight(p, p.lines, nullptr, problem, line, per_epsilon);
+    part.sum = total[r].sum;
+    p.parts[(problem * p.lines.size + line) * p.splits + split] = part;
+  }
+}
+
+// 2 grad * sum of P (line - term) for up to kGradTile dimensions of kGradTile lines.
+__global__ inline void __launch_bounds__(kLineThreads)
+    points_grad_kernel(const __grid_constant__ PointsParams p) {
+  using Tile = PointTile<kGradTile>;
+  constexpr int M = Tile::M, T = kGradTile;
+  SKETCHFAST_SHARED_MEMORY(shared);
+  Tile& tile = *reinterpret_cast<Tile*>(shared);
+  float(*plan)[T + 4] = reinterpret_cast<float(*)[T + 4]>(shared + sizeof(Tile));  // [term][line]
+  float(*other)[T + 4] = plan + T;                                                // [term][axis]
+  const int64_t chunks = ceil_div(p.dimensions, T), blocks = ceil_div(p.lines.size, T);
+  const int first_axis = static_cast<int>(blockIdx.x % chunks) * T;
+  const int64_t block = blockIdx.x / chunks, problem = block / blocks;
+  const int64_t first_line = block % blocks * T;
+  const double per_epsilon = 1.0 / p.epsilon[problem], factor = Tile::factor(p, per_epsilon);
+  const int row = threadIdx.x / 16, column = threadIdx.x % 16;
+  double total[M][M] = {};
+  float x[M][M];
+#pragma unroll
+  for (int r = 0; r < M; ++r) {
+#pragma unroll
+    for (int c = 0; c < M; ++c) {
+      const int64_t line = first_line + Tile::place(row, r);
+      const int axis = first_axis + Tile::place(column, c);
+      const bool inside = line < p.lines.size && axis < p.dimensions;
+      x[r][c] = inside ? p.lines.points[(problem * p.lines.size + line) * p.dimensions + axis] : 0.0f;
+    }
+  }
+#pragma unroll 1
+  for (int64_t first_term = 0; first_term < p.terms.size; first_term += T) {
+    float sum[M][M];
+    tile.multiply(p, problem, first_line, first_term, sum);
+#pragma unroll
+    for (int r = 0; r < M; ++r) {
+      const int line = Tile::place(row, r);
+      const double of_line =
+          Tile::weight(p, p.lines, p.line_potential, problem, first_line + line, per_epsilon);
+#pragma unroll
+      for (int c = 0; c < M; ++c) {
+        const int term = Tile::place(column, c);
+        const double of_term =
+            Tile::weight(p, p.terms, p.term_potential, problem, first_term + term, per_epsilon);
+        plan[term][line] = exp_of(factor * sum[r][c] + of_term + of_line);
+      }
+    }
+    for (int k = threadIdx.x; k < T * T; k += kLineThreads) {
+      const int term = k / T, axis = first_axis + k % T;
+      const bool inside = first_term + term < p.terms.size && axis < p.dimensions;
+      other[term][k % T] =
+          inside ? p.terms.points[(problem * p.terms.size + first_term + term) * p.dimensions + axis]
+                 : 0.0f;
+    }
+    __syncthreads();
+    float part[M][M] = {};
+#pragma unroll 4
+    for (int term = 0; term < T; ++term) {
+#pragma unroll
+      for (int r = 0; r < M; ++r) {
+        const float mass = plan[term][Tile::place(row, r)];
+#pragma unroll
+        for (int c = 0; c < M; ++c) {
+          part[r][c] += mass * (x[r][c] - other[term][Tile::place(column, c)]);
+        }
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < M; ++r) {
+#pragma unroll
+      for (int c = 0; c < M; ++c) total[r][c] += part[r][c];
+    }
+    __syncthreads();
+  }
+  const double scale = 2.0 * p.grad[problem];
+#pragma unroll
+  for (int r = 0; r < M; ++r) {
+#pragma unroll
+    for (int c = 0; c < M; ++c) {
+      const int64_t line = first_line + Tile::place(row, r);
+      const int axis = first_axis + Tile::place(column, c);
+      if (line >= p.lines.size || axis >= p.dimensions) continue;
+      p.out[(problem * p.lines.size + line) * p.dimensions + axis] =
+          static_cast<float>(scale * total[r][c]);
+    }
+  }
 }
 
 }  // namespace cuda

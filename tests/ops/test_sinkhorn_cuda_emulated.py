@@ -18,6 +18,13 @@ from sketchfast.kernels.reference import sinkhorn as reference
 
 INPUTS = ("cost", "epsilon", "a", "b", "init")
 OUTPUTS = ("plan", "f", "g", "error", "value", "iterations", "phi", "gamma")
+#: In the order of the structure Call in sinkhorn_emulated.cpp.
+POINTERS = (
+    *INPUTS,
+    *("x", "y", "grad_plan", "grad_f", "grad_g", "grad", "lam", "mu"),
+    *OUTPUTS,
+    *("wide_plan", "row_rhs", "column_rhs", "grad_cost", "grad_a", "grad_b", "grad_x", "grad_y"),
+)
 INTEGERS = (
     "count",
     "rows",
@@ -29,12 +36,13 @@ INTEGERS = (
     "resident",
     "most_warps",
     "most_cluster",
+    "dimensions",
 )
 
 
 class _Call(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in INPUTS + OUTPUTS),
+        *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_int64) for name in INTEGERS),
         ("tol", ctypes.c_double),
     ]
@@ -43,7 +51,9 @@ class _Call(ctypes.Structure):
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     loaded = build("sinkhorn_emulated.cpp", tmp_path_factory.mktemp("emulator"))
-    loaded.sinkhorn_solve.restype = ctypes.c_char_p
+    for name in ("solve", "adjoint", "cost_gradient", "unrolled", "value_backward", "swav", "points"):
+        getattr(loaded, f"sinkhorn_{name}").restype = ctypes.c_char_p
+    loaded.sinkhorn_points_backward.restype = ctypes.c_char_p
     return loaded
 
 
@@ -211,7 +221,8 @@ def test_resident(library, shape, schedule):
 #: Every regime: a CTA; clusters of as many as the cost needs; the cost streamed.
 REGIMES = {
     "resident": {},
-    "cluster": {"most_warps": 2},
+    "cluster": {"most_warps": 1},
+    "streamed": {"resident": False},
 }
 
 
