@@ -1,94 +1,23 @@
 // The CUDA kernels of rasterization as torch ops: checks, memory and the stream. Schemas are those
 // of sketchfast/ops/raster.py; what runs is chosen in raster_launch.h.
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <optional>
 #include <tuple>
-#include <vector>
 
-#include "../check.h"
+#include "context.h"
 #include "raster_launch.h"
 
 namespace sketchfast {
 namespace {
 
 namespace kernels = raster::cuda;
-using torch::stable::accelerator::DeviceGuard;
-
-void check_cuda(cudaError_t error, const char* what) {
-  check(error == cudaSuccess, what, " failed: ", cudaGetErrorString(error));
-}
-
-// The device and stream of a call's first tensor, and its scratch memory. torch's allocator gives
-// the memory back to this stream only, so it may be released while the kernels still run.
-class Context {
- public:
-  explicit Context(const Tensor& like) : like_(like), guard_(like.get_device_index()) {
-    const int device = like.get_device_index();
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-    int limit = 0;
-    check_cuda(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-               "cudaDeviceGetAttribute");
-    shared_limit = static_cast<size_t>(limit);
-  }
-
-  size_t shared_limit;
-
-  void* scratch(size_t bytes) {
-    buffers_.push_back(
-        torch::stable::new_empty(like_, {static_cast<int64_t>(bytes)}, ScalarType::Byte));
-    return buffers_.back().mutable_data_ptr();
-  }
-
-  template <typename Params>
-  void launch(void (*kernel)(Params), int64_t blocks, int threads, size_t shared,
-              const Params& params) {
-    check(blocks <= 0x7fffffff, "too many tiles or runs of points for one launch: ", blocks);
-    if (shared > 48 * 1024) {
-      check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shared)),
-                 "cudaFuncSetAttribute");
-    }
-    kernel<<<static_cast<unsigned>(blocks), threads, shared, stream_>>>(params);
-    check_cuda(cudaGetLastError(), "a kernel launch");
-  }
-
- private:
-  const Tensor& like_;
-  DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
-  std::vector<Tensor> buffers_;
-};
+using device::check_device;
+using device::Context;
+using device::input_of;
+using device::output_of;
 
 // --- arguments
-
-kernels::Dtype dtype_of(const char* name, ScalarType type) {
-  if (type == ScalarType::Float) return kernels::Dtype::kFloat32;
-  if (type == ScalarType::Half) return kernels::Dtype::kFloat16;
-  check(type == ScalarType::BFloat16, name,
-        " must be float32, float16 or bfloat16 on CUDA, got scalar type ", static_cast<int>(type));
-  return kernels::Dtype::kBFloat16;
-}
-
-// Every tensor of a call is on the first one's device: a kernel would read another's memory.
-void check_device(const char* name, const Tensor& tensor, const Tensor& like) {
-  check(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
-        " must be on CUDA device ", like.get_device_index());
-}
-
-kernels::Input input_of(const char* name, const Tensor& tensor) {
-  return {tensor.const_data_ptr(), dtype_of(name, tensor.scalar_type())};
-}
-
-kernels::Output output_of(const char* name, const Tensor& tensor) {
-  return {tensor.mutable_data_ptr(), dtype_of(name, tensor.scalar_type())};
-}
 
 kernels::Strokes strokes_of(const Tensor& points, const Tensor* pen_down,
                             const std::optional<Tensor>& lengths, const Tensor& like) {
