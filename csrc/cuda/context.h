@@ -1,5 +1,5 @@
-// Where the kernels of every op here run: the device, stream and scratch memory of a call, and its tensors
-// as kernels take them. What is launched is chosen in the *_launch.h headers.
+// Where the kernels of every op here run: the device, stream and scratch memory of a call, and its
+// tensors as kernels take them. What is launched is chosen in the *_launch.h headers.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -53,8 +53,7 @@ class Context {
       kernel<<<static_cast<unsigned>(blocks), threads, shared, stream_>>>(params);
     } else {
       cudaLaunchAttribute attribute;
-      const cudaLaunchConfig_t config =
-          config_of(blocks, threads, shared, cluster, &attribute);
+      const cudaLaunchConfig_t config = config_of(blocks, threads, shared, cluster, &attribute);
       check_cuda(cudaLaunchKernelEx(&config, kernel, params), "cudaLaunchKernelEx");
     }
     check_cuda(cudaGetLastError(), "a kernel launch");

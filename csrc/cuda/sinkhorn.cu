@@ -1,5 +1,5 @@
-// The CUDA kernels of entropic optimal transport as torch ops: checks, memory and the stream. Schemas
-// are those of sketchfast/ops/sinkhorn.py; what runs is chosen in sinkhorn_launch.h.
+// The CUDA kernels of entropic optimal transport as torch ops: checks, memory and the stream.
+// Schemas are those of sketchfast/ops/sinkhorn.py; what runs is chosen in sinkhorn_launch.h.
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
@@ -74,7 +74,8 @@ kernels::Problem problem_of(const Tensor& cost, const Tensor& epsilon, const Opt
   check(cost.is_cuda() && cost.is_contiguous(), "cost must be a contiguous CUDA tensor");
   kernels::Problem problem =
       sized_problem(cost, cost.size(0), cost.size(1), cost.size(2), epsilon, a, b);
-  problem.cost = {input_of("cost", cost), problem.rows * problem.columns, problem.columns, 1, false};
+  problem.cost = {input_of("cost", cost), problem.rows * problem.columns, problem.columns, 1,
+                  false};
   return problem;
 }
 
@@ -183,8 +184,7 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn_unrolled_bwd(
   Tensor grad_a = new_tensor(cost, {p.count, p.rows}, ScalarType::Float);
   Tensor grad_b = new_tensor(cost, {p.count, p.columns}, ScalarType::Float);
   kernels::unrolled_backward(
-      context, p,
-      elements<int32_t>("iterations", iterations, ScalarType::Int, {p.count}, cost),
+      context, p, elements<int32_t>("iterations", iterations, ScalarType::Int, {p.count}, cost),
       grad_of_plan(grad_plan, p, cost), floats("grad_f", grad_f, {p.count, p.rows}, cost),
       floats("grad_g", grad_g, {p.count, p.columns}, cost), output_of("cost", grad_cost),
       new_elements<float>(grad_a), new_elements<float>(grad_b));

@@ -92,8 +92,8 @@ __device__ inline float exp_of(double x) {
   return exp2f(static_cast<float>(t - (shifted - shift))) * power_of_two(shifted);
 }
 
-// A sum of exponentials, as sum * exp(most). Differences from `most` are formed in float64; a float32
-// exponential of them is enough, since far ones weigh nothing.
+// A sum of exponentials, as sum * exp(most). Differences from `most` are formed in float64; a
+// float32 exponential of them is enough, since far ones weigh nothing.
 template <typename real>
 struct LogSum {
   double most = minus_infinity();
@@ -165,13 +165,16 @@ struct ResidentParams {
 };
 
 // Sizes are the largest of the tile, so that every address is a constant.
-template <int kRows, int kColumns, int kMaxWarps>
+template <int kRows, int kColumns, int kMaxWarps, int kBlock>
 struct ResidentMemory {
   double phi[kRows], gamma[kColumns];  // absorbed potentials
-  double per_epsilon, of_warp[kMaxWarps], of_cta[2][kMaxCluster];
+  double per_epsilon;                  // these two to save registers
+  int64_t offset;                      // of the slab's first entry in the cost
+  double of_warp[kMaxWarps], of_cta[2][kMaxCluster];
   float u[2][kRows];  // of the last iteration and of the next, in turn
   float a[kRows], v[kColumns], b[kColumns];
   float part_sum[kMaxWarps][kRows], part_most[kMaxWarps][kRows];
+  float block[kMaxWarps][kBlock];
 };
 
 // Written by the other CTAs of a cluster, in turn; follows ResidentMemory where there is one.
@@ -209,17 +212,19 @@ struct Resident {
   // Of the lanes that hold one column sum, the one without these bits writes it.
   static constexpr int kCopies = (32 / C - 1) & ~1;
 
-  using Memory = ResidentMemory<kRows, kColumns, W>;
+  // An odd stride: lanes on rows beside each other meet different banks.
+  static constexpr int kBlockStride = kStrip + 1;
+  using Memory = ResidentMemory<kRows, kColumns, W, kRowLanes * kBlockStride>;
   using Exchange = ExchangeMemory<kRows>;
 
   const ResidentParams& p;
   Memory& memory;
   Exchange* const exchange;  // two of them
-  int64_t problem, first_column, offset;  // offset: of the slab's first entry in the cost
-  int rows, columns;                      // columns of the slab that exist
-  int rank, row_lane, base;               // base: this lane's first column in the slab
+  int64_t problem, first_column;
+  int rows, columns;                         // columns of the slab that exist
+  int rank, row_lane, base;                  // base: this lane's first column in the slab
   int exchanges = 0, sums = 0, current = 0;  // current: which u is the last iteration's
-  bool stale = true;  // the tile is not that of the absorbed potentials
+  bool stale = true;                         // the tile is not that of the absorbed potentials
   float tile[R][C];
 
   static SKETCHFAST_HD size_t bytes(int cluster) {
@@ -234,7 +239,6 @@ struct Resident {
     rank = p.cluster > 1 ? cluster_rank() : 0;
     problem = blockIdx.x / p.cluster;
     first_column = static_cast<int64_t>(rank) * p.slab;
-    offset = problem * q.cost.problem_stride + first_column * q.cost.column_stride;
     rows = static_cast<int>(q.rows);
     const int64_t left = q.columns - first_column;
     columns = static_cast<int>(left < 0 ? 0 : left < p.slab ? left : p.slab);
@@ -244,13 +248,17 @@ struct Resident {
 
   __device__ double cost_at(int i, int j) const {
     const Matrix& cost = p.problem.cost;
-    return scaled_cost(cost, offset + i * cost.row_stride + j * cost.column_stride, memory.per_epsilon);
+    return scaled_cost(cost, memory.offset + i * cost.row_stride + j * cost.column_stride,
+                       memory.per_epsilon);
   }
 
   __device__ void start() {
     const Problem& q = p.problem;
     const double per_epsilon = 1.0 / q.epsilon_of(problem);
-    if (threadIdx.x == 0) memory.per_epsilon = per_epsilon;
+    if (threadIdx.x == 0) {
+      memory.per_epsilon = per_epsilon;
+      memory.offset = problem * q.cost.problem_stride + first_column * q.cost.column_stride;
+    }
     for (int i = threadIdx.x; i < kRows; i += blockDim.x) {
       memory.a[i] = i < rows ? q.row_mass(problem, i) : 0.0f;
       memory.phi[i] = minus_infinity();
@@ -259,8 +267,8 @@ struct Resident {
     for (int j = threadIdx.x; j < warp_count() * kStrip; j += blockDim.x) {
       const float mass = j < columns ? q.column_mass(problem, first_column + j) : 0.0f;
       memory.b[j] = mass;
-      memory.gamma[j] = mass > 0 ? q.first_gamma(problem, first_column + j, per_epsilon)
-                                 : minus_infinity();
+      memory.gamma[j] =
+          mass > 0 ? q.first_gamma(problem, first_column + j, per_epsilon) : minus_infinity();
       memory.v[j] = 1.0f;
     }
     __syncthreads();
@@ -268,19 +276,46 @@ struct Resident {
     log_rows();
   }
 
+  // Between the tile, whose registers need constant indices, and memory stands a block in shared
+  // memory, 16 rows of a warp's strip at a time. Runs visit(i, j, its place in the block) for rows
+  // first .. first + 15, neighbouring lanes on neighbours in memory.
+  template <typename Visit>
+  __device__ void for_block(int first, Visit visit) {
+    const bool by_rows = p.problem.cost.column_stride == 1;
+    float* const block = memory.block[warp_index()];
+#pragma unroll 2
+    for (int k = lane_index(); k < kRowLanes * kStrip; k += kWarp) {
+      const int row = by_rows ? k / kStrip : k % kRowLanes;
+      const int column = by_rows ? k % kStrip : k / kRowLanes;
+      visit(first + row, warp_index() * kStrip + column, block + row * kBlockStride + column);
+    }
+  }
+
+  // Row r of the tile (a number that changes) in this lane's part of the block: visit(tile row,
+  // part).
+  template <typename Visit>
+  __device__ void with_row(int r, Visit visit) {
+    float* const part = memory.block[warp_index()] + row_lane * kBlockStride + base % kStrip;
+#pragma unroll
+    for (int constant = 0; constant < R; ++constant) {
+      if (constant == r) visit(tile[constant], part);
+    }
+  }
+
   // K~ from the absorbed potentials.
   __device__ void form() {
-#pragma unroll
+#pragma unroll 1
     for (int r = 0; r < R; ++r) {
-      const int i = r * kRowLanes + row_lane;
+      __syncwarp();
+      for_block(r * kRowLanes, [&](int i, int j, float* entry) {
+        const bool inside = i < rows && j < columns;
+        *entry = inside ? exp_of(memory.phi[i] + memory.gamma[j] - cost_at(i, j)) : 0.0f;
+      });
+      __syncwarp();
+      with_row(r, [](float (&row)[C], const float* part) {
 #pragma unroll
-      for (int c = 0; c < C; ++c) {
-        const int j = base + c;
-        tile[r][c] = i < rows && j < columns
-                         ? exp_of(memory.phi[i] + memory.gamma[j] - cost_at(i, j))
-                         : 0.0f;
-      }
-      __syncwarp();  // keeps loads of one row's registers from piling up with the next's
+        for (int c = 0; c < C; ++c) row[c] = part[c];
+      });
     }
   }
 
@@ -322,25 +357,29 @@ struct Resident {
     __syncwarp();
   }
 
-  // The half-step of this warp's columns in log form; its scales become 1.
+  // The half-step of this warp's columns in log form, some at a time; their scales become 1.
   __device__ void log_columns() {
-    LogSum<float> total[C];
+    constexpr int some = C < 8 ? C : 8;
 #pragma unroll 1
-    for (int i = row_lane; i < rows; i += kRowLanes) {
-      const double phi = memory.phi[i] + ::log(static_cast<double>(memory.u[current][i]));
+    for (int first = base; first < base + C; first += some) {
+      LogSum<float> total[some];
+#pragma unroll 1
+      for (int i = row_lane; i < rows; i += kRowLanes) {
+        const double phi = memory.phi[i] + ::log(static_cast<double>(memory.u[current][i]));
 #pragma unroll
-      for (int c = 0; c < C; ++c) {
-        if (base + c < columns) total[c].add(phi - cost_at(i, base + c));
+        for (int c = 0; c < some; ++c) {
+          if (first + c < columns) total[c].add(phi - cost_at(i, first + c));
+        }
       }
-    }
-    __syncwarp();
+      __syncwarp();
 #pragma unroll
-    for (int c = 0; c < C; ++c) {
-      for (int step = kColumnLanes; step < kWarp; step *= 2) total[c].add_lane(step);
-      if (row_lane != 0) continue;
-      const int j = base + c;
-      memory.gamma[j] = log_half_step(memory.b[j], total[c].logarithm_of());
-      memory.v[j] = memory.gamma[j] == minus_infinity() ? 0.0f : 1.0f;
+      for (int c = 0; c < some; ++c) {
+        for (int step = kColumnLanes; step < kWarp; step *= 2) total[c].add_lane(step);
+        if (row_lane != 0) continue;
+        const double gamma = log_half_step(memory.b[first + c], total[c].logarithm_of());
+        memory.gamma[first + c] = gamma;
+        memory.v[first + c] = gamma == minus_infinity() ? 0.0f : 1.0f;
+      }
     }
     __syncwarp();
   }
@@ -412,8 +451,7 @@ struct Resident {
       const float most = static_cast<float>(total.most);
       const bool some = total.most != minus_infinity();
       memory.part_most[warp_index()][i] = most;
-      memory.part_sum[warp_index()][i] =
-          some ? total.sum * exp_of(total.most - most) : 0.0f;
+      memory.part_sum[warp_index()][i] = some ? total.sum * exp_of(total.most - most) : 0.0f;
     }
     __syncthreads();
     for (int i = threadIdx.x; i < kRows; i += blockDim.x) {
@@ -565,25 +603,28 @@ struct Resident {
     if (out.plan.data) write_plan();
   }
 
-  __device__ void write_plan() const {
+  __device__ void write_plan() {
     const Matrix& cost = p.problem.cost;
-#pragma unroll
+#pragma unroll 1
     for (int r = 0; r < R; ++r) {
-      const int i = r * kRowLanes + row_lane;
+      const float u = memory.u[current][r * kRowLanes + row_lane];
+      __syncwarp();
+      with_row(r, [&](const float (&row)[C], float* part) {
 #pragma unroll
-      for (int c = 0; c < C; ++c) {
-        const int j = base + c;
-        if (i < rows && j < columns) {
-          store(p.solution.plan, offset + i * cost.row_stride + j * cost.column_stride,
-                memory.u[current][i] * tile[r][c] * memory.v[j]);
-        }
-      }
+        for (int c = 0; c < C; ++c) part[c] = u * row[c] * memory.v[base + c];
+      });
+      __syncwarp();
+      for_block(r * kRowLanes, [&](int i, int j, const float* entry) {
+        if (i >= rows || j >= columns) return;
+        store(p.solution.plan, memory.offset + i * cost.row_stride + j * cost.column_stride,
+              *entry);
+      });
     }
   }
 };
 
 template <int R, int C, int W>
-__global__ void __launch_bounds__(W * kWarp, 512 / (W * kWarp))
+__global__ void __launch_bounds__(W* kWarp, 512 / (W * kWarp))
     resident_kernel(const __grid_constant__ ResidentParams p) {
   SKETCHFAST_SHARED_MEMORY(shared);
   Resident<R, C, W> solver(p, shared);
@@ -644,8 +685,8 @@ struct Sums {
   }
 };
 
-// An operation on lines has `lines`, a State (LogSum or Sums), add(problem, line, terms[4], state) for
-// terms that may be -1, parts [count, lines, splits] and finish(problem, line, state).
+// An operation on lines has `lines`, a State (LogSum or Sums), add(problem, line, terms[4], state)
+// for terms that may be -1, parts [count, lines, splits] and finish(problem, line, state).
 
 template <typename Op>
 __device__ inline void end_line(const Op& op, const Share& share, int64_t line,
@@ -734,18 +775,21 @@ struct HalfStep {
   const float* mass;  // [count, lines], or null: mass_value
   float mass_value;
   const double* other;  // [count, terms]
-  const double* old;    // [count, lines]; with it, what mass the plan of `old` and `other` gives lines
-  double* error;        // [count, lines], |that - mass|, or null
-  double* potential;    // [count, lines], or null
+  const double*
+      old;        // [count, lines]; with it, what mass the plan of `old` and `other` gives lines
+  double* error;  // [count, lines], |that - mass|, or null
+  double* potential;  // [count, lines], or null
 
-  __device__ void add(int64_t problem, int64_t line, const int64_t (&terms)[4], State* state) const {
+  __device__ void add(int64_t problem, int64_t line, const int64_t (&terms)[4],
+                      State* state) const {
     const double per_epsilon = 1.0 / (epsilon ? epsilon[problem] : epsilon_value);
     double x[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      x[k] = terms[k] < 0 ? minus_infinity()
-                          : other[problem * lines.terms + terms[k]] -
-                                scaled_cost(cost, lines.offset(problem, line, terms[k]), per_epsilon);
+      x[k] = terms[k] < 0
+                 ? minus_infinity()
+                 : other[problem * lines.terms + terms[k]] -
+                       scaled_cost(cost, lines.offset(problem, line, terms[k]), per_epsilon);
     }
     state->add_all(x);
   }
@@ -785,7 +829,8 @@ struct State {
 };
 
 // Potentials to start from; a CTA per problem.
-__global__ inline void __launch_bounds__(kLineThreads) start_kernel(const __grid_constant__ State s) {
+__global__ inline void __launch_bounds__(kLineThreads)
+    start_kernel(const __grid_constant__ State s) {
   const Problem& q = s.problem;
   const int64_t problem = blockIdx.x;
   const double per_epsilon = 1.0 / q.epsilon_of(problem);
@@ -801,7 +846,8 @@ __global__ inline void __launch_bounds__(kLineThreads) start_kernel(const __grid
 __device__ inline double plan_error(const State& s, int64_t problem, double* of_warp) {
   const Problem& q = s.problem;
   double error = 0;
-  for (int64_t i = threadIdx.x; i < q.rows; i += kLineThreads) error += s.error[problem * q.rows + i];
+  for (int64_t i = threadIdx.x; i < q.rows; i += kLineThreads)
+    error += s.error[problem * q.rows + i];
   for (int64_t j = threadIdx.x; j < q.columns; j += kLineThreads) {
     if (is_infeasible(q.column_mass(problem, j), s.gamma[problem * q.columns + j])) {
       error = std::numeric_limits<double>::infinity();
@@ -812,7 +858,8 @@ __device__ inline double plan_error(const State& s, int64_t problem, double* of_
 
 // After the row half-step of s.iteration, which told the error of the iteration before: whether the
 // problem goes on, and if so with the new phi. A CTA per problem.
-__global__ inline void __launch_bounds__(kLineThreads) decide_kernel(const __grid_constant__ State s) {
+__global__ inline void __launch_bounds__(kLineThreads)
+    decide_kernel(const __grid_constant__ State s) {
   SKETCHFAST_SHARED_MEMORY(shared);
   const Problem& q = s.problem;
   const int64_t problem = blockIdx.x;
@@ -831,7 +878,8 @@ __global__ inline void __launch_bounds__(kLineThreads) decide_kernel(const __gri
 }
 
 // What a caller sees of the potentials; a CTA per problem.
-__global__ inline void __launch_bounds__(kLineThreads) finish_kernel(const __grid_constant__ State s) {
+__global__ inline void __launch_bounds__(kLineThreads)
+    finish_kernel(const __grid_constant__ State s) {
   SKETCHFAST_SHARED_MEMORY(shared);
   double* of_warp = reinterpret_cast<double*>(shared);
   const Problem& q = s.problem;
@@ -881,10 +929,10 @@ struct EntryParams {
   double epsilon_value;
   const double *phi, *gamma;
   Output out;
-  const float* scale;     // [count], a factor of the plan, or null
-  const double* plan;     // cost gradient: [count, rows, columns]
+  const float* scale;  // [count], a factor of the plan, or null
+  const double* plan;  // cost gradient: [count, rows, columns]
   const double *lam, *mu;
-  Input grad_plan;        // data null: none
+  Input grad_plan;  // data null: none
 };
 
 // Runs visit(problem, i, j, offset) for the CTA's entries.
@@ -905,7 +953,8 @@ __device__ inline void for_entries(const EntryParams& p, Visit visit) {
   }
 }
 
-__global__ inline void __launch_bounds__(kLineThreads) plan_kernel(const __grid_constant__ EntryParams p) {
+__global__ inline void __launch_bounds__(kLineThreads)
+    plan_kernel(const __grid_constant__ EntryParams p) {
   for_entries(p, [&](int64_t problem, int64_t i, int64_t j, int64_t offset) {
     const double per_epsilon = 1.0 / (p.epsilon ? p.epsilon[problem] : p.epsilon_value);
     const double potential = p.phi[problem * p.rows + i] + p.gamma[problem * p.columns + j];
@@ -943,7 +992,8 @@ struct Adjoint {
   double* plan;       // written where not null
   double* out;        // [count, lines]
 
-  __device__ void add(int64_t problem, int64_t line, const int64_t (&terms)[4], State* state) const {
+  __device__ void add(int64_t problem, int64_t line, const int64_t (&terms)[4],
+                      State* state) const {
     const double per_epsilon = 1.0 / epsilon[problem];
     const double potential = line_potential[problem * lines.lines + line];
 #pragma unroll
@@ -964,8 +1014,9 @@ struct Adjoint {
   }
 };
 
-// One half-step backwards. The slopes of the terms (the gradient to their potential over their mass)
-// pass through the plan between: slope_line = (own gradient - sum of plan * slope_term) / mass_line.
+// One half-step backwards. The slopes of the terms (the gradient to their potential over their
+// mass) pass through the plan between: slope_line = (own gradient - sum of plan * slope_term) /
+// mass_line.
 struct Backstep {
   using State = Sums;
   Lines lines;
@@ -976,13 +1027,14 @@ struct Backstep {
   const double* term_slope;                       // [count, terms]
   const double* own;  // [count, lines], the gradient to the returned potential; or null
   const int32_t* iterations;
-  int iteration;      // `own` counts where this is the problem's last
+  int iteration;       // `own` counts where this is the problem's last
   bool last_has_none;  // and then there are no terms: nothing follows
-  const float* mass;  // [count, lines], or null: mass_value
+  const float* mass;   // [count, lines], or null: mass_value
   float mass_value;
-  double* slope;      // [count, lines]
+  double* slope;  // [count, lines]
 
-  __device__ void add(int64_t problem, int64_t line, const int64_t (&terms)[4], State* state) const {
+  __device__ void add(int64_t problem, int64_t line, const int64_t (&terms)[4],
+                      State* state) const {
     if (last_has_none && iterations[problem] == iteration) return;
     const double per_epsilon = 1.0 / epsilon[problem];
     const double potential = line_potential[problem * lines.lines + line];
@@ -1007,7 +1059,8 @@ struct Backstep {
 
 struct UnrolledParams {
   Problem problem;
-  double *last_phi, *last_gamma;  // [count, rows], [count, columns]: of each problem's last iteration
+  double *last_phi,
+      *last_gamma;  // [count, rows], [count, columns]: of each problem's last iteration
   const int32_t* iterations;
   // [max_iter + 1][count, rows or columns]; index 0 is the start
   const double *phi, *gamma;
@@ -1069,7 +1122,8 @@ __global__ inline void __launch_bounds__(kLineThreads)
   }
 }
 
-// grad_a = the sum of slopes over iterations; grad_b likewise with the gauge's part. A CTA per problem.
+// grad_a = the sum of slopes over iterations; grad_b likewise with the gauge's part. A CTA per
+// problem.
 __global__ inline void __launch_bounds__(kLineThreads)
     unrolled_marginals_kernel(const __grid_constant__ UnrolledParams p) {
   const Problem& q = p.problem;
@@ -1119,9 +1173,9 @@ __global__ inline void __launch_bounds__(kLineThreads)
 
 // --- point clouds: the cost is formed on the fly, tile by tile
 //
-// In many dimensions ||x - y||^2 = |x|^2 + |y|^2 - 2 x.y of points about a common centre: the product
-// is one multiply-add a dimension, the norms are float64. In few, where points lie close to each
-// other for their spread, differences are squared and nothing cancels.
+// In many dimensions ||x - y||^2 = |x|^2 + |y|^2 - 2 x.y of points about a common centre: the
+// product is one multiply-add a dimension, the norms are float64. In few, where points lie close to
+// each other for their spread, differences are squared and nothing cancels.
 
 constexpr int kFewDimensions = 8;
 constexpr int kDepth = 32;  // dimensions at a time
@@ -1151,7 +1205,8 @@ struct PointsParams {
 };
 
 // The mean of up to 1024 of the points of `lines`, which is about their centre. A CTA a problem.
-__global__ inline void __launch_bounds__(kLineThreads) centre_kernel(const __grid_constant__ PointsParams p) {
+__global__ inline void __launch_bounds__(kLineThreads)
+    centre_kernel(const __grid_constant__ PointsParams p) {
   SKETCHFAST_SHARED_MEMORY(shared);
   double* of_thread = reinterpret_cast<double*>(shared);
   const int64_t problem = blockIdx.x, step = ceil_div(p.lines.size, 1024);
@@ -1174,7 +1229,8 @@ __global__ inline void __launch_bounds__(kLineThreads) centre_kernel(const __gri
 }
 
 // Squared norms of `lines` about the centre; a warp a point.
-__global__ inline void __launch_bounds__(kLineThreads) norm_kernel(const __grid_constant__ PointsParams p) {
+__global__ inline void __launch_bounds__(kLineThreads)
+    norm_kernel(const __grid_constant__ PointsParams p) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kLineWarps + warp_index();
   if (at >= p.count * p.lines.size) return;
   const float* centre = p.centre + at / p.lines.size * p.dimensions;
@@ -1195,7 +1251,9 @@ struct PointTile {
   float line[kDepth][T + 4], term[kDepth][T + 4];
 
   // Index in the tile of a thread's k-th line or term: runs of 4, T / (M / 4) apart.
-  static __device__ int place(int group, int k) { return k / 4 * (T / (M / 4)) + group * 4 + k % 4; }
+  static __device__ int place(int group, int k) {
+    return k / 4 * (T / (M / 4)) + group * 4 + k % 4;
+  }
 
   static __device__ void fill(float (*to)[T + 4], const PointsParams& p, const Cloud& cloud,
                               int64_t problem, int64_t first, int axis) {
@@ -1256,8 +1314,9 @@ struct PointTile {
   static __device__ double factor(const PointsParams& p, double per_epsilon) {
     return p.few() ? -per_epsilon : 2 * per_epsilon;
   }
-  static __device__ double weight(const PointsParams& p, const Cloud& cloud, const double* potential,
-                                  int64_t problem, int64_t point, double per_epsilon) {
+  static __device__ double weight(const PointsParams& p, const Cloud& cloud,
+                                  const double* potential, int64_t problem, int64_t point,
+                                  double per_epsilon) {
     if (point >= cloud.size) return minus_infinity();
     const int64_t at = problem * cloud.size + point;
     const double norm = p.few() ? 0.0 : cloud.norm[at] * per_epsilon;
@@ -1268,7 +1327,8 @@ struct PointTile {
 constexpr int kPointTile = 128, kGradTile = 64;
 
 // The sums of a half-step over clouds; combine_kernel<HalfStep> finishes it.
-__global__ inline void __launch_bounds__(kLineThreads) points_kernel(const __grid_constant__ PointsParams p) {
+__global__ inline void __launch_bounds__(kLineThreads)
+    points_kernel(const __grid_constant__ PointsParams p) {
   using Tile = PointTile<kPointTile>;
   constexpr int M = Tile::M;
   SKETCHFAST_SHARED_MEMORY(shared);
@@ -1287,7 +1347,8 @@ __global__ inline void __launch_bounds__(kLineThreads) points_kernel(const __gri
 #pragma unroll 1
   for (int64_t t = first; t < end; ++t) {
     for (int k = threadIdx.x; k < kPointTile; k += kLineThreads) {
-      term_weight[k] = Tile::weight(p, p.terms, p.term_potential, problem, t * kPointTile + k, per_epsilon);
+      term_weight[k] =
+          Tile::weight(p, p.terms, p.term_potential, problem, t * kPointTile + k, per_epsilon);
     }
     float sum[M][M];
     tile.multiply(p, problem, first_line, t * kPointTile, sum);
@@ -1319,8 +1380,8 @@ __global__ inline void __launch_bounds__(kLineThreads)
   constexpr int M = Tile::M, T = kGradTile;
   SKETCHFAST_SHARED_MEMORY(shared);
   Tile& tile = *reinterpret_cast<Tile*>(shared);
-  float(*plan)[T + 4] = reinterpret_cast<float(*)[T + 4]>(shared + sizeof(Tile));  // [term][line]
-  float(*other)[T + 4] = plan + T;                                                // [term][axis]
+  float (*plan)[T + 4] = reinterpret_cast<float (*)[T + 4]>(shared + sizeof(Tile));  // [term][line]
+  float (*other)[T + 4] = plan + T;                                                  // [term][axis]
   const int64_t chunks = ceil_div(p.dimensions, T), blocks = ceil_div(p.lines.size, T);
   const int first_axis = static_cast<int>(blockIdx.x % chunks) * T;
   const int64_t block = blockIdx.x / chunks, problem = block / blocks;
@@ -1336,7 +1397,8 @@ __global__ inline void __launch_bounds__(kLineThreads)
       const int64_t line = first_line + Tile::place(row, r);
       const int axis = first_axis + Tile::place(column, c);
       const bool inside = line < p.lines.size && axis < p.dimensions;
-      x[r][c] = inside ? p.lines.points[(problem * p.lines.size + line) * p.dimensions + axis] : 0.0f;
+      x[r][c] =
+          inside ? p.lines.points[(problem * p.lines.size + line) * p.dimensions + axis] : 0.0f;
     }
   }
 #pragma unroll 1
@@ -1360,8 +1422,9 @@ __global__ inline void __launch_bounds__(kLineThreads)
       const int term = k / T, axis = first_axis + k % T;
       const bool inside = first_term + term < p.terms.size && axis < p.dimensions;
       other[term][k % T] =
-          inside ? p.terms.points[(problem * p.terms.size + first_term + term) * p.dimensions + axis]
-                 : 0.0f;
+          inside
+              ? p.terms.points[(problem * p.terms.size + first_term + term) * p.dimensions + axis]
+              : 0.0f;
     }
     __syncthreads();
     float part[M][M] = {};

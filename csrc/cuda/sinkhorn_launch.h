@@ -32,8 +32,7 @@ bool solve_resident(Context& context, const Problem& problem, const Solution& so
   constexpr int strip = Resident<R, C, W>::kStrip;
   const int most_warps = choice.most_warps < W ? choice.most_warps : W;
   int cluster = 1;
-  while (cluster < choice.most_cluster &&
-         ceil_div(problem.columns, cluster) > most_warps * strip) {
+  while (cluster < choice.most_cluster && ceil_div(problem.columns, cluster) > most_warps * strip) {
     cluster *= 2;
   }
   const int64_t warps = ceil_div(ceil_div(problem.columns, cluster), strip);
@@ -68,7 +67,8 @@ inline int splits_for(int64_t ctas, int64_t terms, int64_t least_terms) {
 }
 
 // The rows of a cost as lines, or its columns; `along` says whether terms lie beside each other.
-inline Lines lines_of(const Matrix& cost, int64_t count, int64_t rows, int64_t columns, bool by_rows) {
+inline Lines lines_of(const Matrix& cost, int64_t count, int64_t rows, int64_t columns,
+                      bool by_rows) {
   Lines lines{};
   lines.count = count;
   lines.lines = by_rows ? rows : columns;
@@ -116,9 +116,7 @@ template <typename Context>
 class CostSteps {
  public:
   CostSteps(Context& context, const Problem& problem)
-      : context_(context),
-        rows_(step_of(problem, true)),
-        columns_(step_of(problem, false)) {}
+      : context_(context), rows_(step_of(problem, true)), columns_(step_of(problem, false)) {}
 
   // Runs the row (or column) half-step with what `set` puts into it.
   template <typename Set>
@@ -221,20 +219,22 @@ void write_plan(Context& context, const Problem& q, const double* phi, const dou
 //
 // A problem of up to 320 rows whose columns fit a CTA, or a cluster of up to 16 where the device
 // has clusters, is solved by the resident kernel: one launch, every problem of the batch by itself.
-// Columns a CTA: 256 up to 128 rows, 128 beyond. All else streams the cost: a launch per half-step.
+// Columns a CTA: 256 up to 128 rows, 128 up to 256, 96 beyond. All else streams the cost: a launch
+// per half-step.
 template <typename Context>
 void solve(Context& context, const Problem& problem, const Solution& solution,
            const Choice& choice) {
   if (problem.count == 0) return;
   const int64_t rows = problem.rows;
   if (choice.resident) {
-    const bool solved = rows <= 16    ? solve_resident<1, 16, 8>(context, problem, solution, choice)
-                        : rows <= 32  ? solve_resident<2, 16, 8>(context, problem, solution, choice)
-                        : rows <= 64  ? solve_resident<4, 16, 8>(context, problem, solution, choice)
-                        : rows <= 128 ? solve_resident<8, 8, 16>(context, problem, solution, choice)
-                        : rows <= 256 ? solve_resident<16, 4, 16>(context, problem, solution, choice)
-                        : rows <= 320 ? solve_resident<20, 4, 16>(context, problem, solution, choice)
-                                      : false;
+    const bool solved =
+        rows <= 16    ? solve_resident<1, 16, 8>(context, problem, solution, choice)
+        : rows <= 32  ? solve_resident<2, 16, 8>(context, problem, solution, choice)
+        : rows <= 64  ? solve_resident<4, 16, 8>(context, problem, solution, choice)
+        : rows <= 128 ? solve_resident<8, 8, 16>(context, problem, solution, choice)
+        : rows <= 256 ? solve_resident<16, 4, 16>(context, problem, solution, choice)
+        : rows <= 320 ? solve_resident<20, 4, 12>(context, problem, solution, choice)
+                      : false;
     if (solved) return;
   }
   CostSteps<Context> steps(context, problem);
@@ -315,8 +315,8 @@ void backstep(Context& context, const UnrolledParams& p, bool by_rows, int n, Su
   launch_lines(context, op);
 }
 
-// The gradients through the half-steps that were run, which are run again and their potentials kept.
-// grad_a [count, rows], grad_b [count, columns]; grad_cost in the type of the cost.
+// The gradients through the half-steps that were run, which are run again and their potentials
+// kept. grad_a [count, rows], grad_b [count, columns]; grad_cost in the type of the cost.
 template <typename Context>
 void unrolled_backward(Context& context, const Problem& q, const int32_t* iterations,
                        const Input& grad_plan, const float* grad_f, const float* grad_g,
@@ -364,7 +364,8 @@ void unrolled_backward(Context& context, const Problem& q, const int32_t* iterat
   adjoint(context, q, p.last_phi, p.last_gamma, grad_plan, grad_f, grad_g, plan, p.own_row,
           p.own_column);
   context.launch(unrolled_start_kernel, q.count, kLineThreads, line_sums_bytes(), p);
-  Sums* row_parts = parts_for<Backstep>(context, lines_of(q.cost, q.count, q.rows, q.columns, true));
+  Sums* row_parts =
+      parts_for<Backstep>(context, lines_of(q.cost, q.count, q.rows, q.columns, true));
   Sums* column_parts =
       parts_for<Backstep>(context, lines_of(q.cost, q.count, q.rows, q.columns, false));
   for (int n = q.max_iter; n >= 1; --n) {
@@ -377,7 +378,8 @@ void unrolled_backward(Context& context, const Problem& q, const int32_t* iterat
 
 // --- SwAV: samples are columns of the transport problem, prototypes its rows
 //
-// The row half-step gives each prototype the same mass, the column half-step each sample the mass 1.
+// The row half-step gives each prototype the same mass, the column half-step each sample the
+// mass 1.
 template <typename Context>
 void swav_assign(Context& context, const Input& scores, int64_t samples, int64_t prototypes,
                  double epsilon, int iterations, const Output& out, const Choice& choice) {
@@ -469,8 +471,8 @@ class PointSteps {
 
 // x [count, rows, dimensions], y [count, columns, dimensions]; of the problem the cost is not read.
 template <typename Context>
-void solve_points(Context& context, const Problem& q, const float* x, const float* y, int dimensions,
-                  const Solution& solution) {
+void solve_points(Context& context, const Problem& q, const float* x, const float* y,
+                  int dimensions, const Solution& solution) {
   if (q.count == 0) return;
   PointSteps<Context> steps(context, q, x, y, dimensions);
   stream_solve(context, q, solution, steps);
