@@ -43,10 +43,10 @@ def find_nvcc() -> str:
 
 
 def demangle(name: str) -> str:
-    """The kernel's name without namespace and arguments."""
+    """The kernel's name without namespaces, return type and arguments."""
     if shutil.which("c++filt"):
         name = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
-    return re.sub(r"\(sketchfast.*$", "", name).replace("void ", "").split("::")[-1]
+    return re.sub(r"(\w+::)+", "", re.sub(r"\(sketchfast.*$", "", name).replace("void ", ""))
 
 
 def parse(report: str, arch: str) -> list[Usage]:
@@ -86,9 +86,9 @@ def main() -> None:
         for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
             for arch in arches:
                 usages += compile_source(nvcc, source, arch, Path(folder))
-    print(f"{'kernel':28} {'arch':6} {'registers':>9} {'stack B':>8} {'spills B':>8} {'static shared B':>16}")
+    print(f"{'kernel':34} {'arch':6} {'registers':>9} {'stack B':>8} {'spills B':>8} {'static shared B':>16}")
     for u in sorted(usages, key=lambda u: (u.kernel, u.arch)):
-        print(f"{u.kernel:28} {u.arch:6} {u.registers:9} {u.stack:8} {u.spills:8} {u.static_shared:16}")
+        print(f"{u.kernel:34} {u.arch:6} {u.registers:9} {u.stack:8} {u.spills:8} {u.static_shared:16}")
     spilling = [f"{u.kernel} ({u.arch})" for u in usages if u.spills]
     if not usages:
         sys.exit("aot_cuda: no kernel was compiled")

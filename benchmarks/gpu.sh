@@ -72,7 +72,7 @@ print("driver   ", output("nvidia-smi", "--query-gpu=driver_version", "--format=
 print("python   ", platform.python_version())
 print("torch    ", torch.__version__, "CUDA", torch.version.cuda)
 print("nvcc     ", output("nvcc", "--version").splitlines()[-1])
-for package in ("triton", "numpy", "opencv-python-headless", "pillow"):
+for package in ("triton", "numpy", "opencv-python-headless", "pillow", "POT", "geomloss", "flash-sinkhorn"):
     print(f"{package:9}", version(package))
 PYTHON
 }
@@ -89,12 +89,14 @@ fi
 
 stage tests 180 "$python" -m pytest tests -q --maxfail=20 --durations=5 -p no:cacheprovider
 
-for tool in memcheck racecheck; do
-  if command -v compute-sanitizer >/dev/null; then
-    stage "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" benchmarks/sanitize_raster.py
-  else
-    skipped "$tool" "no compute-sanitizer"
-  fi
+for op in raster sinkhorn; do
+  for tool in memcheck racecheck; do
+    if command -v compute-sanitizer >/dev/null; then
+      stage "$tool-$op" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" "benchmarks/sanitize_$op.py"
+    else
+      skipped "$tool-$op" "no compute-sanitizer"
+    fi
+  done
 done
 
 # Nine minutes in all: the benchmarks get what is left.

@@ -173,8 +173,10 @@ struct ResidentMemory {
   double of_warp[kMaxWarps], of_cta[2][kMaxCluster];
   float u[2][kRows];  // of the last iteration and of the next, in turn
   float a[kRows], v[kColumns], b[kColumns];
-  float part_sum[kMaxWarps][kRows], part_most[kMaxWarps][kRows];
-  float block[kMaxWarps][kBlock];
+  struct Warp {
+    float part_sum[kRows], part_most[kRows];
+    float block[kBlock];
+  } warp[kMaxWarps];  // last: a CTA asks only for those it has
 };
 
 // Written by the other CTAs of a cluster, in turn; follows ResidentMemory where there is one.
@@ -227,14 +229,17 @@ struct Resident {
   bool stale = true;                         // the tile is not that of the absorbed potentials
   float tile[R][C];
 
-  static SKETCHFAST_HD size_t bytes(int cluster) {
-    return sizeof(Memory) + (cluster > 1 ? 2 * sizeof(Exchange) : 0);
+  static SKETCHFAST_HD size_t own_bytes(int warps) {
+    return sizeof(Memory) - (W - warps) * sizeof(typename Memory::Warp);
+  }
+  static SKETCHFAST_HD size_t bytes(int warps, int cluster) {
+    return own_bytes(warps) + (cluster > 1 ? 2 * sizeof(Exchange) : 0);
   }
 
   __device__ Resident(const ResidentParams& params, unsigned char* shared)
       : p(params),
         memory(*reinterpret_cast<Memory*>(shared)),
-        exchange(reinterpret_cast<Exchange*>(shared + sizeof(Memory))) {
+        exchange(reinterpret_cast<Exchange*>(shared + own_bytes(warp_count()))) {
     const Problem& q = p.problem;
     rank = p.cluster > 1 ? cluster_rank() : 0;
     problem = blockIdx.x / p.cluster;
@@ -282,7 +287,7 @@ struct Resident {
   template <typename Visit>
   __device__ void for_block(int first, Visit visit) {
     const bool by_rows = p.problem.cost.column_stride == 1;
-    float* const block = memory.block[warp_index()];
+    float* const block = memory.warp[warp_index()].block;
 #pragma unroll 2
     for (int k = lane_index(); k < kRowLanes * kStrip; k += kWarp) {
       const int row = by_rows ? k / kStrip : k % kRowLanes;
@@ -295,7 +300,7 @@ struct Resident {
   // part).
   template <typename Visit>
   __device__ void with_row(int r, Visit visit) {
-    float* const part = memory.block[warp_index()] + row_lane * kBlockStride + base % kStrip;
+    float* const part = memory.warp[warp_index()].block + row_lane * kBlockStride + base % kStrip;
 #pragma unroll
     for (int constant = 0; constant < R; ++constant) {
       if (constant == r) visit(tile[constant], part);
@@ -396,7 +401,7 @@ struct Resident {
       for (int c = 0; c < C; ++c) sum[r] += tile[r][c] * v[c];
     }
     const int first = scatter_sums<R, 1, 1>(sum);
-    float* part = memory.part_sum[warp_index()];
+    float* part = memory.warp[warp_index()].part_sum;
     constexpr int kept = R % 2 == 0 ? R / 2 : R;
     if (R % 2 == 0 || lane_index() % kColumnLanes == 0) {
 #pragma unroll
@@ -412,7 +417,7 @@ struct Resident {
   __device__ void complete_rows(Given given) {
     for (int i = threadIdx.x; i < kRows; i += blockDim.x) {
       float sum = 0;
-      for (int w = 0; w < warp_count(); ++w) sum += memory.part_sum[w][i];
+      for (int w = 0; w < warp_count(); ++w) sum += memory.warp[w].part_sum[i];
       if (p.cluster == 1) given(i, sum);
       if (p.cluster == 1) continue;
       float* mine = &exchange[exchanges & 1].sum[rank][i];
@@ -450,14 +455,14 @@ struct Resident {
       // The exponent may be any number near the largest: float32 is enough, and half the traffic.
       const float most = static_cast<float>(total.most);
       const bool some = total.most != minus_infinity();
-      memory.part_most[warp_index()][i] = most;
-      memory.part_sum[warp_index()][i] = some ? total.sum * exp_of(total.most - most) : 0.0f;
+      memory.warp[warp_index()].part_most[i] = most;
+      memory.warp[warp_index()].part_sum[i] = some ? total.sum * exp_of(total.most - most) : 0.0f;
     }
     __syncthreads();
     for (int i = threadIdx.x; i < kRows; i += blockDim.x) {
       LogSum<float> total;
       for (int w = 0; w < warp_count(); ++w) {
-        total.add(memory.part_most[w][i], memory.part_sum[w][i]);
+        total.add(memory.warp[w].part_most[i], memory.warp[w].part_sum[i]);
       }
       if (p.cluster == 1) set_row(i, total);
       if (p.cluster == 1) continue;
@@ -1154,18 +1159,22 @@ __global__ inline void __launch_bounds__(kLineThreads)
     const double per_epsilon = 1.0 / q.epsilon[problem];
     const double cost = scaled_cost(q.cost, offset, per_epsilon);
     const int64_t rows = q.count * q.rows, columns = q.count * q.columns;
-    const int64_t row = problem * q.rows + i, column = problem * q.columns + j;
-    const int64_t last = p.iterations[problem];
+    const int last = p.iterations[problem];
+    // Where iteration n's potentials and slopes are, n counting down.
+    int64_t row = last * rows + problem * q.rows + i;
+    int64_t column = last * columns + problem * q.columns + j;
     double sum = 0;
     if (p.grad_plan.data) {
-      const double plan = ::exp(p.phi[last * rows + row] + p.gamma[last * columns + column] - cost);
+      const double plan = ::exp(p.phi[row] + p.gamma[column] - cost);
       if (plan > 0) sum -= plan * load(p.grad_plan, offset);
     }
 #pragma unroll 1
-    for (int64_t n = last; n >= 1; --n) {
-      const double phi = p.phi[n * rows + row] - cost;
-      sum += p.column_slope[n * columns + column] * ::exp(phi + p.gamma[n * columns + column]);
-      sum += p.row_slope[n * rows + row] * ::exp(phi + p.gamma[(n - 1) * columns + column]);
+    for (int n = last; n >= 1; --n) {
+      const double phi = p.phi[row] - cost;
+      sum += p.column_slope[column] * ::exp(phi + p.gamma[column]);
+      column -= columns;
+      sum += p.row_slope[row] * ::exp(phi + p.gamma[column]);
+      row -= rows;
     }
     store_double(p.grad_cost, offset, sum * per_epsilon);
   });
@@ -1343,7 +1352,13 @@ __global__ inline void __launch_bounds__(kLineThreads)
   const int64_t first = split * a_split, end = first + a_split < tiles ? first + a_split : tiles;
   const double per_epsilon = 1.0 / p.epsilon[problem], factor = Tile::factor(p, per_epsilon);
   const int row = threadIdx.x / 16, column = threadIdx.x % 16;
-  LogSum<float> total[M];
+  // Sums of exponentials as in LogSum, but about a float32: any number near the largest will do.
+  float most[M], sums[M];
+#pragma unroll
+  for (int r = 0; r < M; ++r) {
+    most[r] = -std::numeric_limits<float>::infinity();
+    sums[r] = 0;
+  }
 #pragma unroll 1
   for (int64_t t = first; t < end; ++t) {
     for (int k = threadIdx.x; k < kPointTile; k += kLineThreads) {
@@ -1355,20 +1370,29 @@ __global__ inline void __launch_bounds__(kLineThreads)
 #pragma unroll
     for (int r = 0; r < M; ++r) {
       double x[M];
+      float top = most[r];
 #pragma unroll
-      for (int c = 0; c < M; ++c) x[c] = factor * sum[r][c] + term_weight[Tile::place(column, c)];
-      total[r].add_all(x);
+      for (int c = 0; c < M; ++c) {
+        x[c] = factor * sum[r][c] + term_weight[Tile::place(column, c)];
+        top = maximum(top, static_cast<float>(x[c]));
+      }
+      if (top == -std::numeric_limits<float>::infinity()) continue;
+      sums[r] *= exponential(most[r] - top);
+      most[r] = top;
+#pragma unroll
+      for (int c = 0; c < M; ++c) sums[r] += exponential(static_cast<float>(x[c] - top));
     }
     __syncthreads();
   }
 #pragma unroll
   for (int r = 0; r < M; ++r) {
-    for (int step = 1; step < 16; step *= 2) total[r].add_lane(step);
+    LogSum<double> part;
+    part.most = most[r];
+    part.sum = sums[r];
+    for (int step = 1; step < 16; step *= 2) part.add_lane(step);
     const int64_t line = first_line + Tile::place(row, r);
     if (column != 0 || line >= p.lines.size) continue;
-    LogSum<double> part;
-    part.most = total[r].most + Tile::weight(p, p.lines, nullptr, problem, line, per_epsilon);
-    part.sum = total[r].sum;
+    part.most += Tile::weight(p, p.lines, nullptr, problem, line, per_epsilon);
     p.parts[(problem * p.lines.size + line) * p.splits + split] = part;
   }
 }

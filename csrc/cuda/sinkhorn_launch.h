@@ -38,7 +38,7 @@ bool solve_resident(Context& context, const Problem& problem, const Solution& so
   const int64_t warps = ceil_div(ceil_div(problem.columns, cluster), strip);
   if (problem.rows > Resident<R, C, W>::kRows || warps > most_warps) return false;
   const int threads = static_cast<int>(warps) * kWarp;
-  const size_t bytes = Resident<R, C, W>::bytes(cluster);
+  const size_t bytes = Resident<R, C, W>::bytes(static_cast<int>(warps), cluster);
   const auto kernel = resident_kernel<R, C, W>;
   if (!context.runs(kernel, threads, bytes, cluster)) return false;
   const ResidentParams params{problem, solution, cluster, static_cast<int>(warps) * strip};

@@ -275,6 +275,21 @@ def test_clusters(library, schedule):
         assert emulated.launches == launched
 
 
+def test_the_rule_of_regimes(library):
+    """One launch where registers hold the problem, streaming where rows, CTAs or shared memory run out."""
+    rows_out = random_problem(1, 321, 5, max_iter=2)
+    columns_out = random_problem(1, 12, 70, max_iter=2)
+    for emulated, problem, resident in (
+        (Emulated(library), columns_out, True),
+        (Emulated(library, most_warps=1, most_cluster=4), columns_out, True),
+        (Emulated(library, most_warps=1, most_cluster=1), columns_out, False),  # a device without clusters
+        (Emulated(library, shared_limit=4096), columns_out, False),
+        (Emulated(library), rows_out, False),
+    ):
+        check_solution(emulated, problem)
+        assert (emulated.launches == 1) == resident
+
+
 @pytest.mark.parametrize("shape", [(130, 515), (300, 40), (125, 300)], ids=str)
 def test_tall_and_wide(library, shape):
     check_solution(Emulated(library), random_problem(1, *shape, max_iter=4))
