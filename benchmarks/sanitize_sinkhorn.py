@@ -1,7 +1,7 @@
 """One small case of every CUDA kernel of Sinkhorn, for compute-sanitizer (see gpu.sh).
 
-Every regime: a CTA a problem, a cluster of CTAs, the cost streamed; with and without a tolerance; clouds of points
-in few and in many dimensions.
+Every regime (a CTA a problem, a cluster of CTAs, the cost streamed) with and without a tolerance; clouds of
+points in few and in many dimensions.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 
 namespace emulator {
 
-enum class Schedule : int { kForward, kReverse, kShuffled };
+// kGreedy runs a warp as far as it gets, then its CTA, then the next: what is ahead is far ahead.
+enum class Schedule : int { kForward, kReverse, kShuffled, kGreedy };
 
 constexpr size_t kStack = 128 * 1024, kGuard = 256;
 constexpr unsigned char kPoison = 0xff;  // as floats NaN, as integers -1
@@ -118,6 +119,7 @@ struct Cta {
   std::vector<unsigned char> shared;
   unsigned char* shared_base = nullptr;
   unsigned alive = 0;
+  bool started = false;
 };
 
 struct Machine {
@@ -127,6 +129,7 @@ struct Machine {
   std::vector<Meeting> warps;  // likewise
   std::vector<Cta> ctas;
   Meeting cluster;
+  std::string fault;     // found in a fiber, which cannot throw
   unsigned threads = 0;  // a CTA
   ucontext_t scheduler;
   std::function<void()> body;
@@ -219,11 +222,30 @@ inline void check_ended(const Cta& cta, size_t bytes) {
   }
 }
 
+// Gives turns to fibers first .. first + count - 1 until none gets on, each part (of the first of
+// `sizes`) as far as it goes before the next.
+inline bool run_greedily(unsigned first, unsigned count, std::vector<unsigned> sizes,
+                         const std::function<bool(unsigned)>& turn) {
+  if (count == 1) return turn(first);
+  const unsigned size = sizes.front();
+  sizes.erase(sizes.begin());
+  bool any = false;
+  for (bool progress = true; progress;) {
+    progress = false;
+    for (unsigned part = 0; part < count; part += size) {
+      progress = run_greedily(first + part, size, sizes, turn) || progress;
+    }
+    any = any || progress;
+  }
+  return any;
+}
+
 // Runs the CTAs first .. first + size - 1, whose threads take turns.
 inline void run_cluster(unsigned first, unsigned size, unsigned threads, size_t shared) {
   Machine& m = machine;
   m.threads = threads;
   m.cluster = Meeting{};
+  m.fault.clear();
   m.cluster.expected = static_cast<int>(size * threads);
   m.ctas.assign(size, Cta{});
   for (Cta& cta : m.ctas) {
@@ -232,22 +254,32 @@ inline void run_cluster(unsigned first, unsigned size, unsigned threads, size_t 
     poison_shared(&cta, shared);
   }
   start_fibers(size * threads);
-  unsigned alive = size * threads;
-  while (alive > 0) {
-    bool progress = false;
-    for (unsigned i : order(size * threads, m.schedule, &m.seed)) {
-      if (!m.fibers[i].runnable()) continue;
-      progress = true;
-      m.current = i;
-      threadIdx.x = i % threads;
-      blockIdx.x = first + i / threads;
-      swapcontext(&m.scheduler, &m.fibers[i].context);
-      if (!m.fibers[i].done) continue;
-      --alive;
-      if (--m.ctas[i / threads].alive == 0) end_cta(&m.ctas[i / threads], shared);
+  const auto turn = [&](unsigned i) {
+    if (!m.fibers[i].runnable()) return false;
+    m.current = i;
+    m.ctas[i / threads].started = true;
+    threadIdx.x = i % threads;
+    blockIdx.x = first + i / threads;
+    swapcontext(&m.scheduler, &m.fibers[i].context);
+    if (m.fibers[i].done && --m.ctas[i / threads].alive == 0) {
+      end_cta(&m.ctas[i / threads], shared);
     }
-    if (!progress) throw std::runtime_error("deadlock: threads wait where others do not arrive");
+    return true;
+  };
+  const unsigned count = size * threads;
+  if (m.schedule == Schedule::kGreedy) {
+    run_greedily(0, count, {threads, 32, 1}, turn);
+  } else {
+    for (bool progress = true; progress;) {
+      progress = false;
+      for (unsigned i : order(count, m.schedule, &m.seed)) progress = turn(i) || progress;
+    }
   }
+  for (const Cta& cta : m.ctas) {
+    if (cta.alive > 0)
+      throw std::runtime_error("deadlock: threads wait where others do not arrive");
+  }
+  if (!m.fault.empty()) throw std::runtime_error(m.fault);
   for (const Cta& cta : m.ctas) check_ended(cta, shared);
 }
 
@@ -315,6 +347,8 @@ inline void cluster_barrier() { wait(&machine.cluster, machine.cluster.arrive())
 template <typename T>
 T* in_shared_memory_of(T* mine, unsigned rank) {
   const Cta& other = machine.ctas.at(rank);
+  if (!other.started) machine.fault = "a kernel reached for a CTA that had not started";
+  if (other.alive == 0) machine.fault = "a kernel reached for a CTA that had ended";
   const size_t offset = reinterpret_cast<unsigned char*>(mine) - shared_memory();
   return reinterpret_cast<T*>(other.shared_base + offset);
 }

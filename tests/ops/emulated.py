@@ -13,7 +13,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-SCHEDULES = {"forward": 0, "reverse": 1, "shuffled": 2}
+SCHEDULES = {"forward": 0, "reverse": 1, "shuffled": 2, "greedy": 3}
 H200_SHARED = 232448  # bytes of shared memory a CTA may ask for
 GUARD = 64
 
