@@ -92,7 +92,7 @@ stage tests 180 "$python" -m pytest tests -q --maxfail=20 --durations=5 -p no:ca
 for op in raster sinkhorn; do
   for tool in memcheck racecheck; do
     if command -v compute-sanitizer >/dev/null; then
-      stage "$tool-$op" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" "benchmarks/sanitize_$op.py"
+      stage "$tool-$op" 45 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" "benchmarks/sanitize_$op.py"
     else
       skipped "$tool-$op" "no compute-sanitizer"
     fi
