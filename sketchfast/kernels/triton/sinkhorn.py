@@ -11,6 +11,10 @@ whole. One program a problem, every iteration in one launch. The kernel matrix e
     epsilon) stays in registers; the loop only multiplies it by scales u and v. It runs in bursts: a burst in
     which a scale left [2^-20, 2^20], or a sum fell so low that what exp flushed to 0 could matter, is run
     again in log form from where it began, and the scales are absorbed into the potentials.
+strips. One launch an iteration for a middling problem. A program holds all of the short side by a strip of
+    the long one, joins what all strips left of the sums over the long side in the launch before, and in one
+    read of its strip finds the long side's potentials and the next parts of those sums. Log form: two exp an
+    entry are less than the launch itself takes.
 sweeps. Two launches an iteration, rows then columns, each an online logsumexp over blocks of the other side;
     a launch that would not fill the GPU also splits that side, and a small launch joins the parts. A
     problem that has converged has its `limit` set on the device, and its programs return at once. The cost is
@@ -25,6 +29,7 @@ single TF32 is off by 1e-3, and the three-pass form drops bits that the budget c
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +44,8 @@ _SPAN = tl.constexpr(2.0**20)  # what the scales may reach
 _ABSORB = tl.constexpr(2.0**10)  # from here on they are absorbed between bursts
 # A flushed entry is under 2^-126, times a scale 2^20, times 2^14 columns: under 2^-32 of such a sum.
 _LEAST_SUM = tl.constexpr(2.0**-60)
+_SHORT, _STRIP = 128, 32  # the most lines of the short side, and how many of the long side a strip has
+_PARTS = 64  # parts of a sum that are joined at once
 _OWN, _OTHER = 32, 64  # block of a sweep: lines that are summed, and entries of each taken at once
 _PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200: a sweep is split to reach it
 _TILE = (32, 64)  # rows and columns of a program of the passes over single entries
@@ -46,11 +53,21 @@ _DIFFERENCES = 16
 _FLOOR = tl.constexpr(float("-inf"))
 
 
-def regime(count: int, rows: int, columns: int) -> str:
-    """How `count` problems of this size are iterated: "whole" where a problem fits the registers of one
-    program, else "sweeps"."""
-    fits = triton.next_power_of_2(rows) * triton.next_power_of_2(columns) <= _WHOLE
-    return "whole" if fits else "sweeps"
+def regime(count: int, rows: int, columns: int, stops: bool) -> str:
+    """How `count` problems of this size are iterated; `stops`: a tolerance is given.
+
+    "whole" where a problem fits the registers of one program. "strips" where its short side fits one program
+    and the strips of the long side are few: each reads what all of them left of the sums, which is more than
+    the strip itself. Where rows are the long side the error would be known two launches late, so that one
+    with a tolerance goes the last way. "sweeps" else.
+    """
+    short, long = min(rows, columns), max(rows, columns)
+    if triton.next_power_of_2(rows) * triton.next_power_of_2(columns) <= _WHOLE:
+        return "whole"
+    strips = count * triton.cdiv(long, _STRIP)
+    if short <= _SHORT and strips <= _PROGRAMS and not (stops and rows > columns):
+        return "strips"
+    return "sweeps"
 
 
 # --- entries ------------------------------------------------------------------------------------------------
@@ -78,41 +95,70 @@ def _potentials(potential, problem, index, size):
 
 
 @triton.jit
+def _minus_matrix(cost, problem, own, other, owns, others, own_stride, other_stride, inverse):
+    """-C / epsilon [own, other] from the matrix, float64; 0 beyond the ends."""
+    offset = (own * own_stride)[:, None] + (other * other_stride)[None, :]
+    here = tl.load(
+        cost + problem * owns * others + offset,
+        mask=(own < owns)[:, None] & (other < others)[None, :],
+        other=0.0,
+    )
+    return -(here.to(tl.float64) * inverse)
+
+
+@triton.jit
+def _minus_differences(own_point, other_point, own_in, other_in, inverse, DIMS: tl.constexpr):
+    """-|x - y|^2 / epsilon [own, other], float64, summed from differences in float32."""
+    total = tl.zeros((own_in.shape[0], other_in.shape[0]), tl.float32)
+    for axis in tl.static_range(DIMS):
+        x = tl.load(own_point + axis, mask=own_in, other=0.0)
+        y = tl.load(other_point + axis, mask=other_in, other=0.0)
+        gap = x[:, None] - y[None, :]
+        total += gap * gap
+    return -(total.to(tl.float64) * inverse)
+
+
+@triton.jit
+def _minus_products(
+    own_point, other_point, own_norm, other_norm, own_in, other_in, inverse, dims,
+    DIMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """-(|x|^2 + |y|^2 - 2 x.y) / epsilon [own, other], float64; the norms are given in float64."""
+    axis = tl.arange(0, DIMS)
+    in_x = own_in[:, None] & (axis < dims)[None, :]
+    in_y = other_in[None, :] & (axis < dims)[:, None]
+    x = tl.load(own_point[:, None] + axis[None, :], mask=in_x, other=0.0)
+    y = tl.load(other_point[None, :] + axis[:, None], mask=in_y, other=0.0)
+    product = tl.dot(x, y, input_precision=PRECISION).to(tl.float64)
+    norm_x = tl.load(own_norm, mask=own_in, other=0.0)
+    norm_y = tl.load(other_norm, mask=other_in, other=0.0)
+    return (2.0 * product - norm_x[:, None] - norm_y[None, :]) * inverse
+
+
+@triton.jit
 def _minus_cost(
     first, second, first_norm, second_norm, problem, own, other, owns, others, own_stride, other_stride,
     inverse, dims, POINTS: tl.constexpr, DIMS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """-C / epsilon [own, other] in float64; anything finite beyond the ends.
+    """-C / epsilon [own, other] in float64; something finite beyond the ends.
 
-    POINTS 0: `first` is the matrix. 1: `first` and `second` are points, the cost is summed from differences.
-    2: it is formed from products of centred points and their float64 squared norms.
+    POINTS 0: `first` is the matrix. 1: `first` and `second` are points, whose differences are summed. 2: they
+    have been moved to a common centre, and their products and squared norms are.
     """
-    own_in = own < owns
-    other_in = other < others
     if POINTS == 0:
-        entry = first + problem * owns * others
-        entry = entry + (own * own_stride)[:, None] + (other * other_stride)[None, :]
-        cost = tl.load(entry, mask=own_in[:, None] & other_in[None, :], other=0.0)
-        return -(cost.to(tl.float64) * inverse)
-    own_point = first + (problem * owns + own) * dims
-    other_point = second + (problem * others + other) * dims
-    if POINTS == 1:
-        total = tl.zeros((own.shape[0], other.shape[0]), tl.float32)
-        for axis in tl.static_range(DIMS):
-            x = tl.load(own_point + axis, mask=own_in, other=0.0)
-            y = tl.load(other_point + axis, mask=other_in, other=0.0)
-            gap = x[:, None] - y[None, :]
-            total += gap * gap
-        return -(total.to(tl.float64) * inverse)
-    axis = tl.arange(0, DIMS)  # POINTS 2
-    x = tl.load(own_point[:, None] + axis[None, :], mask=own_in[:, None] & (axis < dims)[None, :], other=0.0)
-    y = tl.load(
-        other_point[None, :] + axis[:, None], mask=other_in[None, :] & (axis < dims)[:, None], other=0.0
-    )
-    product = tl.dot(x, y, input_precision=PRECISION).to(tl.float64)
-    norm_x = tl.load(first_norm + problem * owns + own, mask=own_in, other=0.0)
-    norm_y = tl.load(second_norm + problem * others + other, mask=other_in, other=0.0)
-    return (2.0 * product - norm_x[:, None] - norm_y[None, :]) * inverse
+        minus = _minus_matrix(first, problem, own, other, owns, others, own_stride, other_stride, inverse)
+    else:
+        own_point = first + (problem * owns + own) * dims
+        other_point = second + (problem * others + other) * dims
+        if POINTS == 1:
+            minus = _minus_differences(own_point, other_point, own < owns, other < others, inverse, DIMS)
+        else:
+            minus = _minus_products(
+                own_point, other_point, first_norm + problem * owns + own,
+                second_norm + problem * others + other, own < owns, other < others, inverse, dims, DIMS,
+                PRECISION,
+            )  # fmt: skip
+    return minus
 
 
 @triton.jit
@@ -124,11 +170,30 @@ def _log_sum(exponent, AXIS: tl.constexpr):
 
 
 @triton.jit
+def _add_log_sum(largest, total, exponent, AXIS: tl.constexpr):
+    """(m, s) as of `_log_sum` with one more block of exponents in it."""
+    new = tl.maximum(largest, tl.max(exponent.to(tl.float32), AXIS))
+    safe = tl.where(new == _FLOOR, 0.0, new)
+    here = tl.sum(tl.exp((exponent - tl.expand_dims(safe.to(tl.float64), AXIS)).to(tl.float32)), AXIS)
+    return new, total * tl.exp(largest - safe) + here
+
+
+@triton.jit
 def _settle(largest, total, mass):
     """log(mass) - log(sum), float64; -inf where there is no mass or no entry."""
     live = (mass > 0.0) & (largest != _FLOOR)
     log_sum = tl.where(live, largest, 0.0).to(tl.float64) + tl.log(tl.where(live, total, 1.0).to(tl.float64))
     return tl.where(live, tl.log(tl.where(live, mass, 1.0).to(tl.float64)) - log_sum, _FLOOR)
+
+
+@triton.jit
+def _row_error(before, potential, mass):
+    """|P1 - a| of rows whose potentials an iteration moved from `before`: the sum of such a row had been
+    exp(before + log sum) = mass * exp(before - potential). inf where a row is infeasible."""
+    live = potential != _FLOOR
+    gap = tl.where(live, before - tl.where(live, potential, 0.0), 0.0)
+    off = tl.abs(tl.where(live, mass * tl.exp(gap.to(tl.float32)), 0.0) - mass)
+    return tl.where((mass > 0.0) & (live == 0), float("inf"), off)
 
 
 @triton.jit
@@ -155,9 +220,7 @@ def _start(init, problem, index, size, mass, inverse, GIVEN: tl.constexpr):
 @triton.jit
 def _kernel_matrix(cost, problem, row, column, rows, columns, inverse, phi, gamma):
     """exp(phi_i + gamma_j - C_ij / epsilon), float32."""
-    minus = _minus_cost(
-        cost, cost, cost, cost, problem, row, column, rows, columns, columns, 1, inverse, 0, 0, 1, "ieee"
-    )
+    minus = _minus_matrix(cost, problem, row, column, rows, columns, columns, 1, inverse)
     return tl.exp((minus + (phi[:, None] + gamma[None, :])).to(tl.float32))
 
 
@@ -173,15 +236,58 @@ def _within(scale, total, live):
 
 
 @triton.jit
+def _log_iteration(
+    cost, a, phi_out, problem, column, rows, columns, inverse, uniform_a, mass_b, gamma,
+    HAS_A: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One iteration in log form, by chunks of rows: phi goes to memory, gamma is returned."""
+    for first in range(0, rows, CHUNK):
+        row = first + tl.arange(0, CHUNK)
+        minus = _minus_matrix(cost, problem, row, column, rows, columns, columns, 1, inverse)
+        largest, total = _log_sum(minus + gamma[None, :], 1)
+        mass = _masses(a, problem, row, rows, uniform_a, HAS_A)
+        tl.store(phi_out + problem * rows + row, _settle(largest, total, mass), mask=row < rows)
+    tl.debug_barrier()  # phi is read by other threads than wrote it
+    largest = tl.full(mass_b.shape, _FLOOR, tl.float32)
+    total = tl.zeros(mass_b.shape, tl.float32)
+    for first in range(0, rows, CHUNK):
+        row = first + tl.arange(0, CHUNK)
+        minus = _minus_matrix(cost, problem, row, column, rows, columns, columns, 1, inverse)
+        exponent = minus + _potentials(phi_out, problem, row, rows)[:, None]
+        largest, total = _add_log_sum(largest, total, exponent, 0)
+    tl.debug_barrier()  # and is overwritten next
+    return _settle(largest, total, mass_b)
+
+
+@triton.jit
+def _whole_error(
+    cost, a, phi_out, problem, column, rows, columns, inverse, uniform_a, mass_b, gamma,
+    HAS_A: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """sum |P1 - a| of the potentials phi_out and gamma, inf where a row or column is infeasible."""
+    off = tl.max(tl.where((mass_b > 0.0) & (gamma == _FLOOR), float("inf"), 0.0), 0)
+    for first in range(0, rows, CHUNK):
+        row = first + tl.arange(0, CHUNK)
+        minus = _minus_matrix(cost, problem, row, column, rows, columns, columns, 1, inverse)
+        phi = _potentials(phi_out, problem, row, rows)
+        row_sum = tl.sum(tl.exp((minus + (phi[:, None] + gamma[None, :])).to(tl.float32)), 1)
+        mass = _masses(a, problem, row, rows, uniform_a, HAS_A)
+        infeasible = (mass > 0.0) & (phi == _FLOOR)
+        off += tl.sum(tl.where(infeasible, float("inf"), tl.abs(row_sum - mass)), 0)
+    return off
+
+
+@triton.jit
 def _whole_kernel(
     cost, epsilon, a, b, init, plan, f, g, iterations, error, value, phi_out, gamma_out, rows, columns,
     uniform_a, uniform_b, max_iter, tol,
     HAS_A: tl.constexpr, HAS_B: tl.constexpr, HAS_INIT: tl.constexpr, HAS_TOL: tl.constexpr,
-    PLAN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    PLAN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    """One problem from start to end; the log form goes through it by CHUNK rows."""
     problem = tl.program_id(0).to(tl.int64)
-    row = tl.arange(0, BLOCK_R).to(tl.int64)
-    column = tl.arange(0, BLOCK_C).to(tl.int64)
+    row = tl.arange(0, BLOCK_R)  # int32: a problem is small
+    column = tl.arange(0, BLOCK_C)
     width = tl.load(epsilon + problem)
     inverse = 1.0 / width
     mass_a = _masses(a, problem, row, rows, uniform_a, HAS_A)
@@ -246,26 +352,20 @@ def _whole_kernel(
                     row_sum = tl.sum(matrix, 1)
         if trusted == 0:
             gamma = _absorbed(gamma, v)
-            phi = _absorbed(phi, u)
             for _ in range(count):
                 if running > 0:
-                    minus = _minus_cost(
-                        cost, cost, cost, cost, problem, row, column, rows, columns, columns, 1, inverse, 0,
-                        0, 1, "ieee",
+                    gamma = _log_iteration(
+                        cost, a, phi_out, problem, column, rows, columns, inverse, uniform_a, mass_b, gamma,
+                        HAS_A, CHUNK,
                     )  # fmt: skip
-                    largest, total = _log_sum(minus + gamma[None, :], 1)
-                    phi = _settle(largest, total, mass_a)
-                    largest, total = _log_sum(minus + phi[:, None], 0)
-                    gamma = _settle(largest, total, mass_b)
                     step += 1
                     if HAS_TOL:
-                        matrix = _kernel_matrix(
-                            cost, problem, row, column, rows, columns, inverse, phi, gamma
-                        )
-                        stuck = tl.sum(((mass_a > 0.0) & (phi == _FLOOR)).to(tl.int32), 0)
-                        stuck += tl.sum(((mass_b > 0.0) & (gamma == _FLOOR)).to(tl.int32), 0)
-                        off = tl.sum(tl.abs(tl.sum(matrix, 1) - mass_a), 0)
-                        running = tl.where((off < tol) & (stuck == 0), 0, running)
+                        off = _whole_error(
+                            cost, a, phi_out, problem, column, rows, columns, inverse, uniform_a, mass_b,
+                            gamma, HAS_A, CHUNK,
+                        )  # fmt: skip
+                        running = tl.where(off < tol, 0, running)
+            phi = _potentials(phi_out, problem, row, rows)
             u = tl.full((BLOCK_R,), 1.0, tl.float32)
             v = tl.full((BLOCK_C,), 1.0, tl.float32)
             matrix = _kernel_matrix(cost, problem, row, column, rows, columns, inverse, phi, gamma)
@@ -298,6 +398,85 @@ def _whole_kernel(
     tl.store(g + problem * columns + column, _real(width * (gamma - shift), mass_b), mask=column_in)
 
 
+# --- strips ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _join_parts(parts, problem, count, index, size, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """(m, s) of the sums whose parts [N, count, 2, size] were left by the launch before."""
+    largest = tl.full((BLOCK,), _FLOOR, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, count, PARTS):
+        part = first + tl.arange(0, PARTS).to(tl.int64)
+        place = parts + ((problem * count + part) * 2 * size)[None, :] + index[:, None]
+        inside = (index < size)[:, None] & (part < count)[None, :]
+        high = tl.load(place, mask=inside, other=_FLOOR)
+        here = tl.load(place + size, mask=inside, other=0.0)
+        new = tl.maximum(largest, tl.max(high, 1))
+        safe = tl.where(new == _FLOOR, 0.0, new)
+        total = total * tl.exp(largest - safe) + tl.sum(here * tl.exp(high - safe[:, None]), 1)
+        largest = new
+    return largest, total
+
+
+@triton.jit(do_not_specialize=["step"])
+def _strip_kernel(
+    cost, epsilon, marginal, long_marginal, before, potential, long_potential, parts_in, parts_out, stuck,
+    limit, size, long_size, stride, long_stride, uniform, long_uniform, tol, step, blocks,
+    HAS_MARGINAL: tl.constexpr, HAS_LONG: tl.constexpr, HAS_TOL: tl.constexpr, FROM_PARTS: tl.constexpr,
+    UPDATE: tl.constexpr, SHORT: tl.constexpr, STRIP: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """An iteration. One program a strip: every line of the short side, STRIP of the long one.
+
+    The short side's potentials come from the parts the launch before left (FROM_PARTS; every program of a
+    problem joins them, one writes them), the long side's from the strip (UPDATE), and from those, while the
+    strip is still on chip, its parts of the sums for the short side. `tol` only where the short side is rows.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    block = program % blocks
+    problem = program // blocks
+    short = tl.arange(0, SHORT).to(tl.int64)
+    run = step <= tl.load(limit + problem)
+    here = tl.full((SHORT,), _FLOOR, tl.float64)
+    if FROM_PARTS:
+        if run:
+            largest, total = _join_parts(parts_in, problem, blocks, short, size, SHORT, PARTS)
+            mass = _masses(marginal, problem, short, size, uniform, HAS_MARGINAL)
+            here = _settle(largest, total, mass)
+            if HAS_TOL:
+                old = _potentials(before, problem, short, size)
+                off = tl.sum(_row_error(old, here, mass), 0)
+                for first in range(0, blocks, 128):
+                    strip = first + tl.arange(0, 128)
+                    flag = tl.load(stuck + problem * blocks + strip, mask=strip < blocks, other=0.0)
+                    off += tl.sum(flag, 0)
+                run = (step == 1) | (off >= tol)  # the first step has no iteration before it
+                # Every program of the problem finds this; one says so to the launches that follow.
+                tl.store(limit + problem, step - 1, mask=(run == 0) & (block == 0))
+    elif UPDATE:
+        here = _potentials(potential, problem, short, size)
+    if run:
+        inverse = 1.0 / tl.load(epsilon + problem)
+        line = block * STRIP + tl.arange(0, STRIP)
+        minus = _minus_matrix(cost, problem, short, line, size, long_size, stride, long_stride, inverse)
+        if FROM_PARTS:
+            tl.store(potential + problem * size + short, here, mask=short < tl.where(block == 0, size, 0))
+        if UPDATE:
+            largest, total = _log_sum(minus + here[:, None], 0)
+            mass = _masses(long_marginal, problem, line, long_size, long_uniform, HAS_LONG)
+            there = _settle(largest, total, mass)
+            tl.store(long_potential + problem * long_size + line, there, mask=line < long_size)
+            if HAS_TOL:
+                off = tl.max(tl.where((mass > 0.0) & (there == _FLOOR), float("inf"), 0.0), 0)
+                tl.store(stuck + problem * blocks + block, off, mask=step == 1)
+        else:
+            there = _potentials(long_potential, problem, line, long_size)
+        largest, total = _log_sum(minus + there[None, :], 1)
+        place = parts_out + ((problem * blocks + block) * 2) * size + short
+        tl.store(place, largest, mask=short < size)
+        tl.store(place + size, total, mask=short < size)
+
+
 # --- sweeps -------------------------------------------------------------------------------------------------
 
 
@@ -313,19 +492,13 @@ def _finish_line(
     potential = _settle(largest, total, mass)
     tl.store(out + problem * owns + index, potential, mask=inside)
     if HAS_TOL:
-        stuck = (mass > 0.0) & (potential == _FLOOR)
         if ROWS:
-            # The sum of a row of the plan is exp(before + log sum) = mass * exp(before - potential).
-            live = potential != _FLOOR
-            old = _potentials(before, problem, index, owns)
-            gap = tl.where(live, old - tl.where(live, potential, 0.0), 0.0)
-            row_sum = tl.where(live, mass * tl.exp(gap.to(tl.float32)), 0.0)
-            off = tl.where(stuck, float("inf"), tl.abs(row_sum - mass))
+            off = _row_error(_potentials(before, problem, index, owns), potential, mass)
             tl.store(errors + problem * slots + slot + block, tl.sum(tl.where(inside, off, 0.0), 0))
         else:
-            off = tl.max(tl.where(stuck & inside, float("inf"), 0.0), 0)
-            if step == 1:
-                tl.store(errors + problem * slots + slot + block, off)
+            stuck = inside & (mass > 0.0) & (potential == _FLOOR)
+            off = tl.max(tl.where(stuck, float("inf"), 0.0), 0)
+            tl.store(errors + problem * slots + slot + block, off, mask=step == 1)
 
 
 @triton.jit
@@ -371,11 +544,7 @@ def _sweep_kernel(
                 other_stride, inverse, dims, POINTS, DIMS, PRECISION,
             )  # fmt: skip
             exponent = minus + _potentials(potential, problem, other, others)[None, :]
-            new = tl.maximum(largest, tl.max(exponent.to(tl.float32), 1))
-            safe = tl.where(new == _FLOOR, 0.0, new)
-            here = tl.sum(tl.exp((exponent - safe.to(tl.float64)[:, None]).to(tl.float32)), 1)
-            total = total * tl.exp(largest - safe) + here
-            largest = new
+            largest, total = _add_log_sum(largest, total, exponent, 1)
         if SPLIT:
             part = parts + ((problem * splits + split) * 2) * owns + own
             tl.store(part, largest, mask=own < owns)
@@ -391,6 +560,7 @@ def _sweep_kernel(
 def _join_kernel(
     parts, marginal, out, before, errors, limit, owns, uniform, step, blocks, splits, slots, slot,
     HAS_MARGINAL: tl.constexpr, ROWS: tl.constexpr, HAS_TOL: tl.constexpr, OWN: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """The end of a half-step whose sweep was split."""
     program = tl.program_id(0).to(tl.int64)
@@ -398,16 +568,7 @@ def _join_kernel(
     problem = program // blocks
     if step <= tl.load(limit + problem):
         own = block * OWN + tl.arange(0, OWN)
-        largest = tl.full((OWN,), _FLOOR, tl.float32)
-        total = tl.zeros((OWN,), tl.float32)
-        for split in range(splits):
-            part = parts + ((problem * splits + split) * 2) * owns + own
-            high = tl.load(part, mask=own < owns, other=_FLOOR)
-            here = tl.load(part + owns, mask=own < owns, other=0.0)
-            new = tl.maximum(largest, high)
-            safe = tl.where(new == _FLOOR, 0.0, new)
-            total = total * tl.exp(largest - safe) + here * tl.exp(high - safe)
-            largest = new
+        largest, total = _join_parts(parts, problem, splits, own, owns, OWN, PARTS)
         _finish_line(
             out, before, errors, marginal, problem, block, own, owns, uniform, largest, total, step, slots,
             slot, HAS_MARGINAL, ROWS, HAS_TOL,
@@ -525,9 +686,7 @@ def _adjoint_kernel(
     """The plan in float64, and the sums of grad_plan * plan over the rows and columns of each block."""
     problem, row_block, column_block, row, column = _place(row_blocks, column_blocks, BLOCK_R, BLOCK_C)
     inverse = 1.0 / tl.load(epsilon + problem)
-    minus = _minus_cost(
-        cost, cost, cost, cost, problem, row, column, rows, columns, columns, 1, inverse, 0, 0, 1, "ieee"
-    )
+    minus = _minus_matrix(cost, problem, row, column, rows, columns, columns, 1, inverse)
     row_phi = _potentials(phi, problem, row, rows)
     column_gamma = _potentials(gamma, problem, column, columns)
     here = tl.exp(minus + (row_phi[:, None] + column_gamma[None, :]))
@@ -584,10 +743,7 @@ def _pull_kernel(
         total = tl.zeros((OWN,), tl.float64)
         for start in range(0, others, OTHER):
             other = start + tl.arange(0, OTHER).to(tl.int64)
-            minus = _minus_cost(
-                cost, cost, cost, cost, problem, own, other, owns, others, own_stride, other_stride, inverse,
-                0, 0, 1, "ieee",
-            )  # fmt: skip
+            minus = _minus_matrix(cost, problem, own, other, owns, others, own_stride, other_stride, inverse)
             there = _potentials(other_potential, problem, other, others)
             mass = _masses(marginal, problem, other, others, uniform, HAS_MARGINAL).to(tl.float64)
             slope = tl.load(adjoint + problem * others + other, mask=other < others, other=0.0)
@@ -613,9 +769,7 @@ def _unrolled_cost_kernel(
     inverse = 1.0 / tl.load(epsilon + problem)
     last = tl.load(limit + problem)
     row_in, column_in = row < rows, column < columns
-    minus = _minus_cost(
-        cost, cost, cost, cost, problem, row, column, rows, columns, columns, 1, inverse, 0, 0, 1, "ieee"
-    )
+    minus = _minus_matrix(cost, problem, row, column, rows, columns, columns, 1, inverse)
     mass_a = _masses(a, problem, row, rows, uniform_a, HAS_A).to(tl.float64)
     mass_b = _masses(b, problem, column, columns, uniform_b, HAS_B).to(tl.float64)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
@@ -786,12 +940,13 @@ class _Iteration:
             *cost.sides(rows), self.epsilon, marginal.tensor, potential, out, before, self.errors, self.limit,
             self.parts[rows], *cost.extents(rows), cost.dims, marginal.uniform, self.tol, step, blocks,
             splits, span, self.slots, slot, **cost.constants(), **constants, SPLIT=splits > 1, OWN=_OWN,
-            OTHER=_OTHER,
+            OTHER=_OTHER, enable_fp_fusion=True,
         )  # fmt: skip
         if splits > 1:
             _join_kernel[(cost.count * blocks,)](
                 self.parts[rows], marginal.tensor, out, before, self.errors, self.limit, owns,
-                marginal.uniform, step, blocks, splits, self.slots, slot, **constants, OWN=_OWN,
+                marginal.uniform, step, blocks, splits, self.slots, slot, **constants, OWN=_OWN, PARTS=_PARTS,
+                enable_fp_fusion=True,
             )  # fmt: skip
 
 
@@ -822,7 +977,7 @@ def _sums(
         *cost.sides(True), epsilon, phi, gamma, epsilon if weight is None else weight,
         parts if plan is None else plan, parts, cost.rows, cost.columns, cost.dims, blocks, splits, span,
         **cost.constants(), WEIGHTED=weight is not None, STORE=plan is not None, SUMS=sums, OWN=_OWN,
-        OTHER=_OTHER,
+        OTHER=_OTHER, enable_fp_fusion=True,
     )  # fmt: skip
     return parts
 
@@ -854,18 +1009,84 @@ def _solve_whole(
     out = _Outputs(count, rows, columns, cost)
     mass_a, mass_b = _Marginal(a, epsilon, rows), _Marginal(b, epsilon, columns)
     block_r, block_c = triton.next_power_of_2(rows), triton.next_power_of_2(columns)
+    warps = max(1, block_r * block_c // _ENTRIES_A_WARP)
     _whole_kernel[(count,)](
         cost, epsilon, mass_a.tensor, mass_b.tensor, epsilon if init is None else init.contiguous(),
         cost if plan is None else plan, out.f, out.g, out.iterations, out.error, out.value, out.phi,
         out.gamma, rows, columns, mass_a.uniform, mass_b.uniform, max_iter, tol,
         HAS_A=mass_a.given, HAS_B=mass_b.given, HAS_INIT=init is not None, HAS_TOL=tol > 0,
         PLAN=plan is not None, BLOCK_R=block_r, BLOCK_C=block_c,
-        num_warps=max(1, block_r * block_c // _ENTRIES_A_WARP),
+        CHUNK=max(1, min(block_r, 256 * warps // block_c)), num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
 
-def _solve_by_sweeps(
+def _iterate_strips(
+    cost: _Cost,
+    epsilon: Tensor,
+    mass_a: _Marginal,
+    mass_b: _Marginal,
+    gamma: Tensor,
+    limit: Tensor,
+    max_iter: int,
+    tol: float,
+) -> Tensor:
+    """phi [1 or 2, N, K], the last where iterations run in turn; gamma in place."""
+    wide = cost.rows <= cost.columns
+    size, long_size, stride, long_stride = cost.extents(wide)
+    short, long = (mass_a, mass_b) if wide else (mass_b, mass_a)
+    blocks = triton.cdiv(long_size, _STRIP)
+    phi = epsilon.new_zeros((2 if tol > 0 else 1, cost.count, cost.rows))
+    parts = epsilon.new_empty((2, cost.count, blocks, 2, size), dtype=torch.float32)
+    stuck = epsilon.new_empty((cost.count, blocks), dtype=torch.float32)
+
+    def launch(step: int, from_parts: bool, update: bool) -> None:
+        new, old = phi[step % len(phi)], phi[(step + 1) % len(phi)]
+        _strip_kernel[(cost.count * blocks,)](
+            cost.first, epsilon, short.tensor, long.tensor, old, *((new, gamma) if wide else (gamma, new)),
+            parts[(step + 1) % 2], parts[step % 2], stuck, limit, size, long_size, stride, long_stride,
+            short.uniform, long.uniform, tol, step, blocks, HAS_MARGINAL=short.given, HAS_LONG=long.given,
+            HAS_TOL=tol > 0, FROM_PARTS=from_parts, UPDATE=update,
+            SHORT=max(16, triton.next_power_of_2(size)), STRIP=_STRIP, PARTS=_PARTS, num_warps=8,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+
+    if wide:
+        launch(0, False, False)
+    for step in range(1, max_iter + 1):
+        launch(step, wide or step > 1, True)
+    if not wide:
+        line_blocks = triton.cdiv(size, _OWN)
+        _join_kernel[(cost.count * line_blocks,)](
+            parts[max_iter % 2], short.tensor, gamma, gamma, stuck, limit, size, short.uniform, max_iter,
+            line_blocks, blocks, 0, 0, HAS_MARGINAL=short.given, ROWS=False, HAS_TOL=False, OWN=_OWN,
+            PARTS=_PARTS, enable_fp_fusion=True,
+        )  # fmt: skip
+    return phi
+
+
+def _iterate_sweeps(
+    cost: _Cost,
+    epsilon: Tensor,
+    mass_a: _Marginal,
+    mass_b: _Marginal,
+    gamma: Tensor,
+    limit: Tensor,
+    max_iter: int,
+    tol: float,
+) -> Tensor:
+    """As `_iterate_strips`."""
+    run = _Iteration(cost, epsilon, mass_a, mass_b, limit, tol)
+    phi = epsilon.new_zeros((2 if tol > 0 else 1, cost.count, cost.rows))
+    for step in range(1, max_iter + 1):
+        new, old = phi[step % len(phi)], phi[(step + 1) % len(phi)]
+        run.half_step(True, gamma, new, old, step)
+        run.half_step(False, new, gamma, gamma, step)
+    return phi
+
+
+def _solve_by_launches(
+    iterate: Callable[..., Tensor],
     cost: _Cost,
     epsilon: Tensor,
     a: Tensor | None,
@@ -876,17 +1097,13 @@ def _solve_by_sweeps(
     plan: Tensor | None,
     need_error: bool,
 ) -> _Outputs:
+    """One of the two ways above, then the plan and what else is asked for."""
     out = _Outputs(cost.count, cost.rows, cost.columns, epsilon)
     mass_a, mass_b = _Marginal(a, epsilon, cost.rows), _Marginal(b, epsilon, cost.columns)
     out.iterations.fill_(max_iter)
     out.gamma = _first_gamma(init, b, cost, epsilon)
-    run = _Iteration(cost, epsilon, mass_a, mass_b, out.iterations, tol)
-    # The rows of an iteration are swept before it is known whether the one before had converged.
-    phi = epsilon.new_zeros((2 if tol > 0 else 1, cost.count, cost.rows))
-    for step in range(1, max_iter + 1):
-        new, old = phi[step % len(phi)], phi[(step + 1) % len(phi)]
-        run.half_step(True, out.gamma, new, old, step)
-        run.half_step(False, new, out.gamma, out.gamma, step)
+    phi = iterate(cost, epsilon, mass_a, mass_b, out.gamma, out.iterations, max_iter, tol)
+    # With a tolerance the rows of an iteration are done before it is known that the one before had converged.
     out.phi = phi[0] if len(phi) == 1 else torch.where((out.iterations % 2 == 1)[:, None], phi[1], phi[0])
     parts = epsilon
     if plan is not None or need_error:
@@ -894,7 +1111,7 @@ def _solve_by_sweeps(
     _finish_kernel[(cost.count,)](
         epsilon, mass_a.tensor, mass_b.tensor, out.phi, out.gamma, parts, out.f, out.g, out.value, out.error,
         cost.rows, cost.columns, mass_a.uniform, mass_b.uniform, parts.shape[1] if parts.dim() == 3 else 0,
-        HAS_A=mass_a.given, HAS_B=mass_b.given, HAS_SUMS=parts.dim() == 3, BLOCK=1024,
+        HAS_A=mass_a.given, HAS_B=mass_b.given, HAS_SUMS=parts.dim() == 3, BLOCK=1024, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -913,10 +1130,12 @@ def _solve(
     if cost.shape[0] == 0:
         return _Outputs(0, cost.shape[1], cost.shape[2], cost)
     with torch.cuda.device_of(cost):
-        if regime(*cost.shape) == "whole":
+        way = regime(cost.shape[0], cost.shape[1], cost.shape[2], tol > 0)
+        if way == "whole":
             return _solve_whole(cost, epsilon, a, b, init, max_iter, tol, plan)
+        iterate = _iterate_strips if way == "strips" else _iterate_sweeps
         need_error = plan is not None
-        return _solve_by_sweeps(_Cost(cost), epsilon, a, b, init, max_iter, tol, plan, need_error)
+        return _solve_by_launches(iterate, _Cost(cost), epsilon, a, b, init, max_iter, tol, plan, need_error)
 
 
 def sinkhorn_fwd(
@@ -961,7 +1180,9 @@ def sinkhorn_points_fwd(
         out = _Outputs(0, x.shape[1], y.shape[1], x)
     else:
         with torch.cuda.device_of(x):
-            out = _solve_by_sweeps(_Cost(x, y), epsilon, a, b, None, max_iter, tol, None, True)
+            out = _solve_by_launches(
+                _iterate_sweeps, _Cost(x, y), epsilon, a, b, None, max_iter, tol, None, True
+            )
     return out.value, out.f, out.g, out.iterations, out.error, out.phi, out.gamma
 
 
@@ -983,6 +1204,7 @@ def sinkhorn_points_bwd(
                 *cost.sides(rows), epsilon, own, other, grad.contiguous(), out, owns, others, cost.dims,
                 cost.count, blocks, splits, span, **cost.constants(),
                 BLOCK_D=max(16, triton.next_power_of_2(cost.dims)), OWN=_OWN, OTHER=_OTHER,
+                enable_fp_fusion=True,
             )  # fmt: skip
             found.append(out[0] if splits == 1 else out.sum(0))
     return found[0], found[1]
@@ -1032,6 +1254,7 @@ def _adjoint(
                 cost if grad_plan is None else grad_plan.contiguous(), cost.contiguous(), epsilon, phi, gamma,
                 phi if plan is None else plan, row_parts, column_parts, rows, columns, row_blocks,
                 column_blocks, HAS_GRAD=has, STORE=plan is not None, BLOCK_R=_TILE[0], BLOCK_C=_TILE[1],
+                enable_fp_fusion=True,
             )  # fmt: skip
     return row_parts.sum(1), column_parts.sum(1)
 
@@ -1068,6 +1291,7 @@ def sinkhorn_cost_gradient(
                 plan if grad_plan is None else grad_plan.contiguous(), plan.contiguous(), epsilon,
                 lam.contiguous(), mu.contiguous(), out, *plan.shape[1:], row_blocks, column_blocks,
                 HAS_GRAD=grad_plan is not None, BLOCK_R=_TILE[0], BLOCK_C=_TILE[1],
+                enable_fp_fusion=True,
             )  # fmt: skip
     return out
 
@@ -1088,8 +1312,8 @@ def sinkhorn_unrolled_bwd(
 
     These are run again, by sweeps, every potential kept. Then, with dx the adjoint of x and A_ij =
     exp(phi_i + gamma_j - C_ij / epsilon) / a_i, whose rows sum to 1, from phi = log a - logsumexp(gamma -
-    C / epsilon) follow da_i += dphi_i / a_i, dgamma_j -= sum_i A_ij dphi_i, dC_ij += A_ij dphi_i / epsilon; the
-    columns alike. The cost's gradient is summed at the end, over all half-steps at once.
+    C / epsilon) follow da_i += dphi_i / a_i, dgamma_j -= sum_i A_ij dphi_i, dC_ij += A_ij dphi_i / epsilon;
+    the columns alike. The cost's gradient is summed at the end, over all half-steps at once.
     """
     count, rows, columns = cost.shape
     grad_cost = torch.empty_like(cost, memory_format=torch.contiguous_format)
@@ -1146,6 +1370,7 @@ def _unrolled(
                 matrix.first, epsilon, own, other, adjoint, mass.tensor, seed_phi, out, iterations,
                 *matrix.extents(of_rows), mass.uniform, step, blocks, HAS_MARGINAL=mass.given,
                 SEEDED=of_rows, OWN=_OWN, OTHER=_OTHER,
+                enable_fp_fusion=True,
             )  # fmt: skip
 
     programs, row_blocks, column_blocks = _tiles(cost.shape)
@@ -1153,7 +1378,7 @@ def _unrolled(
         cost if grad_plan is None else grad_plan.contiguous(), matrix.first, epsilon, mass_a.tensor,
         mass_b.tensor, phi, gamma, adjoint_phi, adjoint_gamma, iterations, grad_cost, count, rows, columns,
         mass_a.uniform, mass_b.uniform, row_blocks, column_blocks, HAS_GRAD=grad_plan is not None,
-        HAS_A=mass_a.given, HAS_B=mass_b.given, BLOCK_R=_TILE[0], BLOCK_C=_TILE[1],
+        HAS_A=mass_a.given, HAS_B=mass_b.given, BLOCK_R=_TILE[0], BLOCK_C=_TILE[1], enable_fp_fusion=True,
     )  # fmt: skip
     grad_a = _over(adjoint_phi.sum(0), mass_a, end_phi)
     grad_b = _over(adjoint_gamma[1:].sum(0), mass_b, end_gamma) + gauge_b
