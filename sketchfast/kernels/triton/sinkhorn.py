@@ -230,9 +230,9 @@ def _absorbed(potential, scale):
 
 
 @triton.jit
-def _within(scale, total, live):
-    """Whether a scale can be trusted; NaN cannot."""
-    return ((scale <= _SPAN) & (scale >= 1.0 / _SPAN) & (total >= _LEAST_SUM)) | (live == 0)
+def _within(scale, total, goal):
+    """Whether a scale can be trusted; NaN cannot. Where there is no mass to reach it does not matter."""
+    return ((scale <= _SPAN) & (scale >= 1.0 / _SPAN) & (total >= _LEAST_SUM)) | (goal <= 0.0)
 
 
 @triton.jit
@@ -290,98 +290,100 @@ def _whole_kernel(
     column = tl.arange(0, BLOCK_C)
     width = tl.load(epsilon + problem)
     inverse = 1.0 / width
-    mass_a = _masses(a, problem, row, rows, uniform_a, HAS_A)
+    # The potentials wait in phi_out and gamma_out, so that the loop has the registers.
+    phi_place = phi_out + problem * rows + row
+    gamma_place = gamma_out + problem * columns + column
+    row_in = row < rows
+    column_in = column < columns
     mass_b = _masses(b, problem, column, columns, uniform_b, HAS_B)
     gamma = _start(init, problem, column, columns, mass_b, inverse, HAS_INIT)
-    phi = tl.where(mass_a > 0.0, 0.0, _FLOOR).to(tl.float64)
+    tl.store(gamma_place, gamma, mask=column_in)
+    tl.debug_barrier()
 
     matrix = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     u = tl.full((BLOCK_R,), 1.0, tl.float32)
     v = tl.full((BLOCK_C,), 1.0, tl.float32)
     row_sum = tl.zeros((BLOCK_R,), tl.float32)  # of matrix * v
-    trusted = tl.full((), 0, tl.int32)
+    goal_a = tl.zeros((BLOCK_R,), tl.float32)  # the masses, 0 where nothing is live
+    goal_b = tl.zeros((BLOCK_C,), tl.float32)
+    feasible = tl.full((), 0, tl.int32)
     running = tl.full((), 1, tl.int32)
     step = tl.full((), 0, tl.int32)
     while (step < max_iter) & (running > 0):
-        count = tl.minimum(_BURST, max_iter - step)
-        if trusted > 0:
-            row_live = (phi != _FLOOR).to(tl.int32)
-            column_live = (gamma != _FLOOR).to(tl.int32)
-            feasible = tl.sum(((mass_a > 0.0) & (row_live == 0)).to(tl.int32), 0) == 0
-            feasible = feasible & (tl.sum(((mass_b > 0.0) & (column_live == 0)).to(tl.int32), 0) == 0)
-            next_u, next_v, next_sum = u, v, row_sum
+        count = tl.minimum(tl.where(step == 0, 1, _BURST), max_iter - step)
+        retry = step == 0  # in log form: there is no matrix yet
+        far = retry
+        if step > 0:
+            next_v = v
             taken = tl.full((), 0, tl.int32)
             going = tl.full((), 1, tl.int32)
             row_good = tl.full((BLOCK_R,), 1, tl.int1)
             column_good = tl.full((BLOCK_C,), 1, tl.int1)
             for _ in range(count):
-                new_u = tl.where(row_live > 0, mass_a / next_sum, 1.0)
-                column_sum = tl.sum(matrix * new_u[:, None], 0)
-                new_v = tl.where(column_live > 0, mass_b / column_sum, 1.0)
-                new_good = row_good & _within(new_u, next_sum, row_live)
-                new_column_good = column_good & _within(new_v, column_sum, column_live)
-                new_sum = tl.sum(matrix * new_v[None, :], 1)
-                if HAS_TOL:  # frozen once below it
-                    next_u = tl.where(going > 0, new_u, next_u)
-                    next_v = tl.where(going > 0, new_v, next_v)
-                    next_sum = tl.where(going > 0, new_sum, next_sum)
-                    row_good = tl.where(going > 0, new_good, row_good)
-                    column_good = tl.where(going > 0, new_column_good, column_good)
-                    taken += going
-                    off = tl.sum(tl.abs(next_u * next_sum - mass_a), 0)
-                    going = tl.where((off < tol) & feasible, 0, going)
-                else:
-                    next_u, next_v, next_sum = new_u, new_v, new_sum
-                    row_good, column_good = new_good, new_column_good
+                if going > 0:
+                    u = tl.where(goal_a > 0.0, goal_a / row_sum, 1.0)
+                    row_good = row_good & _within(u, row_sum, goal_a)
+                    column_sum = tl.sum(matrix * u[:, None], 0)
+                    next_v = tl.where(goal_b > 0.0, goal_b / column_sum, 1.0)
+                    column_good = column_good & _within(next_v, column_sum, goal_b)
+                    row_sum = tl.sum(matrix * next_v[None, :], 1)
                     taken += 1
+                    if HAS_TOL:
+                        off = tl.sum(tl.abs(tl.where(goal_a > 0.0, u * row_sum - goal_a, 0.0)), 0)
+                        going = tl.where((off < tol) & (feasible > 0), 0, going)
             bad = tl.sum((row_good == 0).to(tl.int32), 0) + tl.sum((column_good == 0).to(tl.int32), 0)
-            if bad > 0:
-                trusted = tl.full((), 0, tl.int32)
-            else:
-                u, v, row_sum = next_u, next_v, next_sum
+            retry = bad > 0  # from v: the log form begins with phi, and needs no u
+            if bad == 0:
+                v = next_v
                 step += taken
                 running = going
-                far = tl.max(tl.maximum(u, 1.0 / u), 0) > _ABSORB
-                far = far | (tl.max(tl.maximum(v, 1.0 / v), 0) > _ABSORB)
-                if far:
-                    phi = _absorbed(phi, u)
-                    gamma = _absorbed(gamma, v)
-                    u = tl.full((BLOCK_R,), 1.0, tl.float32)
-                    v = tl.full((BLOCK_C,), 1.0, tl.float32)
-                    matrix = _kernel_matrix(cost, problem, row, column, rows, columns, inverse, phi, gamma)
-                    row_sum = tl.sum(matrix, 1)
-        if trusted == 0:
-            gamma = _absorbed(gamma, v)
-            for _ in range(count):
-                if running > 0:
-                    gamma = _log_iteration(
-                        cost, a, phi_out, problem, column, rows, columns, inverse, uniform_a, mass_b, gamma,
-                        HAS_A, CHUNK,
-                    )  # fmt: skip
-                    step += 1
-                    if HAS_TOL:
-                        off = _whole_error(
+            far = retry | (tl.max(tl.maximum(u, 1.0 / u), 0) > _ABSORB)
+            far = far | (tl.max(tl.maximum(v, 1.0 / v), 0) > _ABSORB)
+        if far:
+            gamma = _absorbed(_potentials(gamma_out, problem, column, columns), v)
+            mass_b = _masses(b, problem, column, columns, uniform_b, HAS_B)
+            if retry:
+                for _ in range(count):
+                    if running > 0:
+                        gamma = _log_iteration(
                             cost, a, phi_out, problem, column, rows, columns, inverse, uniform_a, mass_b,
                             gamma, HAS_A, CHUNK,
                         )  # fmt: skip
-                        running = tl.where(off < tol, 0, running)
-            phi = _potentials(phi_out, problem, row, rows)
-            u = tl.full((BLOCK_R,), 1.0, tl.float32)
-            v = tl.full((BLOCK_C,), 1.0, tl.float32)
+                        step += 1
+                        if HAS_TOL:
+                            off = _whole_error(
+                                cost, a, phi_out, problem, column, rows, columns, inverse, uniform_a, mass_b,
+                                gamma, HAS_A, CHUNK,
+                            )  # fmt: skip
+                            running = tl.where(off < tol, 0, running)
+                phi = _potentials(phi_out, problem, row, rows)
+            else:
+                phi = _absorbed(_potentials(phi_out, problem, row, rows), u)
+            tl.debug_barrier()  # everything is read before it is written
+            tl.store(phi_place, phi, mask=row_in)
+            tl.store(gamma_place, gamma, mask=column_in)
+            tl.debug_barrier()
             matrix = _kernel_matrix(cost, problem, row, column, rows, columns, inverse, phi, gamma)
             row_sum = tl.sum(matrix, 1)
-            trusted = tl.full((), 1, tl.int32)
+            u = tl.full((BLOCK_R,), 1.0, tl.float32)
+            v = tl.full((BLOCK_C,), 1.0, tl.float32)
+            mass_a = _masses(a, problem, row, rows, uniform_a, HAS_A)
+            goal_a = tl.where(phi == _FLOOR, 0.0, mass_a)
+            goal_b = tl.where(gamma == _FLOOR, 0.0, mass_b)
+            idle = tl.max(mass_a - goal_a, 0) + tl.max(mass_b - goal_b, 0)  # what has nowhere to go
+            feasible = tl.where(idle > 0.0, 0, 1)
 
-    phi = _absorbed(phi, u)
-    gamma = _absorbed(gamma, v)
+    phi = _absorbed(_potentials(phi_out, problem, row, rows), u)
+    gamma = _absorbed(_potentials(gamma_out, problem, column, columns), v)
+    mass_a = _masses(a, problem, row, rows, uniform_a, HAS_A)
+    mass_b = _masses(b, problem, column, columns, uniform_b, HAS_B)
+    tl.debug_barrier()
     matrix = _kernel_matrix(cost, problem, row, column, rows, columns, inverse, phi, gamma)
     off = tl.sum(tl.abs(tl.sum(matrix, 1) - mass_a), 0)
     stuck = tl.sum(((mass_a > 0.0) & (phi == _FLOOR)).to(tl.int32), 0)
     stuck += tl.sum(((mass_b > 0.0) & (gamma == _FLOOR)).to(tl.int32), 0)
     tl.store(error + problem, tl.where(stuck > 0, float("inf"), off))
     tl.store(iterations + problem, step)
-    row_in = row < rows
-    column_in = column < columns
     if PLAN:
         entry = plan + problem * rows * columns + (row * columns)[:, None] + column[None, :]
         tl.store(entry, matrix.to(plan.dtype.element_ty), mask=row_in[:, None] & column_in[None, :])
@@ -392,8 +394,8 @@ def _whole_kernel(
     real_a = tl.where(phi == _FLOOR, 0.0, mass_a.to(tl.float64) * (phi + shift))
     gain = tl.sum(real_a, 0) + moment - shift * mass - mass
     tl.store(value + problem, tl.where(stuck > 0, float("inf"), width * gain).to(tl.float32))
-    tl.store(phi_out + problem * rows + row, phi, mask=row_in)
-    tl.store(gamma_out + problem * columns + column, gamma, mask=column_in)
+    tl.store(phi_place, phi, mask=row_in)
+    tl.store(gamma_place, gamma, mask=column_in)
     tl.store(f + problem * rows + row, _real(width * (phi + shift), mass_a), mask=row_in)
     tl.store(g + problem * columns + column, _real(width * (gamma - shift), mass_b), mask=column_in)
 
