@@ -230,9 +230,11 @@ def _absorbed(potential, scale):
 
 
 @triton.jit
-def _within(scale, total, goal):
-    """Whether a scale can be trusted; NaN cannot. Where there is no mass to reach it does not matter."""
-    return ((scale <= _SPAN) & (scale >= 1.0 / _SPAN) & (total >= _LEAST_SUM)) | (goal <= 0.0)
+def _scale(goal, total):
+    """goal / total, NaN where it cannot be trusted; 1 where there is no mass to reach."""
+    scale = goal / total
+    good = (scale <= _SPAN) & (scale >= 1.0 / _SPAN) & (total >= _LEAST_SUM)
+    return tl.where(goal > 0.0, tl.where(good, scale, float("nan")), 1.0)
 
 
 @triton.jit
@@ -317,21 +319,18 @@ def _whole_kernel(
             next_v = v
             taken = tl.full((), 0, tl.int32)
             going = tl.full((), 1, tl.int32)
-            row_good = tl.full((BLOCK_R,), 1, tl.int1)
-            column_good = tl.full((BLOCK_C,), 1, tl.int1)
             for _ in range(count):
                 if going > 0:
-                    u = tl.where(goal_a > 0.0, goal_a / row_sum, 1.0)
-                    row_good = row_good & _within(u, row_sum, goal_a)
+                    u = _scale(goal_a, row_sum)
                     column_sum = tl.sum(matrix * u[:, None], 0)
-                    next_v = tl.where(goal_b > 0.0, goal_b / column_sum, 1.0)
-                    column_good = column_good & _within(next_v, column_sum, goal_b)
+                    next_v = _scale(goal_b, column_sum)
                     row_sum = tl.sum(matrix * next_v[None, :], 1)
                     taken += 1
                     if HAS_TOL:
                         off = tl.sum(tl.abs(tl.where(goal_a > 0.0, u * row_sum - goal_a, 0.0)), 0)
                         going = tl.where((off < tol) & (feasible > 0), 0, going)
-            bad = tl.sum((row_good == 0).to(tl.int32), 0) + tl.sum((column_good == 0).to(tl.int32), 0)
+            # One NaN among the scales makes all that follow NaN, down to the v of the live columns.
+            bad = tl.sum((next_v != next_v).to(tl.int32), 0)
             retry = bad > 0  # from v: the log form begins with phi, and needs no u
             if bad == 0:
                 v = next_v
@@ -1206,7 +1205,7 @@ def sinkhorn_points_bwd(
                 *cost.sides(rows), epsilon, own, other, grad.contiguous(), out, owns, others, cost.dims,
                 cost.count, blocks, splits, span, **cost.constants(),
                 BLOCK_D=max(16, triton.next_power_of_2(cost.dims)), OWN=_OWN, OTHER=_OTHER,
-                enable_fp_fusion=True,
+                num_warps=8 if cost.kind == 2 else 4, enable_fp_fusion=True,
             )  # fmt: skip
             found.append(out[0] if splits == 1 else out.sum(0))
     return found[0], found[1]
