@@ -56,6 +56,7 @@ class Variant:
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[int, ...]  # positions of arguments divisible by 16
     warps: int
+    most_registers: int | None
 
 
 @dataclass
@@ -81,7 +82,14 @@ class Recorder:
     def __getitem__(self, grid: Any) -> Any:
         return self.record
 
-    def record(self, *args: Any, num_warps: int = 4, enable_fp_fusion: bool = True, **kwargs: Any) -> None:
+    def record(
+        self,
+        *args: Any,
+        num_warps: int = 4,
+        maxnreg: int | None = None,
+        enable_fp_fusion: bool = True,
+        **kwargs: Any,
+    ) -> None:
         values = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
         signature, constants, aligned = {}, {}, []
         for position, parameter in enumerate(self.kernel.params):
@@ -104,6 +112,7 @@ class Recorder:
                 tuple(constants.items()),
                 tuple(aligned),
                 num_warps,
+                maxnreg,
             )
         )
 
@@ -181,7 +190,7 @@ def sinkhorn_variants(dtype: torch.dtype, quick: bool) -> Iterator[Variant]:
     def meta(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
 
-    for count, rows, columns in SINKHORN_SIZES[:1] if quick else SINKHORN_SIZES:
+    for count, rows, columns in SINKHORN_SIZES[:2] if quick else SINKHORN_SIZES:
         cost, epsilon = meta(count, rows, columns, kind=dtype), meta(count, kind=torch.float64)
         a, b, per_problem = meta(count, rows), meta(count, columns), meta(count)
         phi, gamma = a.double(), b.double()
@@ -239,11 +248,12 @@ def compile_variant(variant: Variant, architecture: int) -> Result:
     result = Result(variant, architecture)
     kernel = getattr(importlib.import_module(variant.module), variant.kernel)
     attributes = {(position,): [["tt.divisibility", 16]] for position in variant.aligned}
+    options = {"num_warps": variant.warps, "maxnreg": variant.most_registers, "enable_fp_fusion": True}
     try:
         compiled = triton.compile(
             ASTSource(kernel, dict(variant.signature), dict(variant.constants), attributes),
             target=GPUTarget("cuda", architecture, 32),
-            options={"num_warps": variant.warps, "enable_fp_fusion": True},
+            options=options,
         )
         result.registers, result.local = resource_usage(compiled.asm["cubin"])
         result.shared = compiled.metadata.shared
@@ -269,7 +279,14 @@ def unique(variants: list[Variant]) -> list[Variant]:
     """One variant of each distinct compilation; its label is that of the first."""
     seen: dict[tuple[Any, ...], Variant] = {}
     for variant in variants:
-        key = (variant.kernel, variant.signature, variant.constants, variant.aligned, variant.warps)
+        key = (
+            variant.kernel,
+            variant.signature,
+            variant.constants,
+            variant.aligned,
+            variant.warps,
+            variant.most_registers,
+        )
         seen.setdefault(key, variant)
     return list(seen.values())
 

@@ -39,6 +39,7 @@ from torch import Tensor
 
 _WHOLE = 8192  # the most entries, padded to powers of two, that one program carries in registers
 _ENTRIES_A_WARP = 2048  # of a whole problem: 64 registers a thread
+_REGISTERS = 255  # said outright, or the assembler spills for an occupancy that does not help
 _BURST = tl.constexpr(4)  # iterations between two looks at the scales
 _SPAN = tl.constexpr(2.0**20)  # what the scales may reach
 _ABSORB = tl.constexpr(2.0**10)  # from here on they are absorbed between bursts
@@ -1017,7 +1018,8 @@ def _solve_whole(
         out.gamma, rows, columns, mass_a.uniform, mass_b.uniform, max_iter, tol,
         HAS_A=mass_a.given, HAS_B=mass_b.given, HAS_INIT=init is not None, HAS_TOL=tol > 0,
         PLAN=plan is not None, BLOCK_R=block_r, BLOCK_C=block_c,
-        CHUNK=max(1, min(block_r, 256 * warps // block_c)), num_warps=warps, enable_fp_fusion=True,
+        CHUNK=max(1, min(block_r, 256 * warps // block_c)), num_warps=warps, maxnreg=_REGISTERS,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
