@@ -17,11 +17,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -31,6 +32,7 @@ ARCHITECTURES = (80, 90)
 # Bytes a thread. ptxas spills a few values around its loops to fit one more block; more would be a defect.
 LOCAL_LIMIT = 64
 SIZES = ((256, 64, 28), (64, 100, 84), (64, 256, 256))  # (B, T, side), of the benchmark suite
+SINKHORN_SIZES = ((1024, 64, 64), (1, 125, 3840), (64, 64, 128), (1, 3840, 125), (1, 2048, 2048))  # (N, K, E)
 TYPE_NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -54,6 +56,7 @@ class Variant:
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[int, ...]  # positions of arguments divisible by 16
     warps: int
+    most_registers: int | None
 
 
 @dataclass
@@ -79,12 +82,22 @@ class Recorder:
     def __getitem__(self, grid: Any) -> Any:
         return self.record
 
-    def record(self, *args: Any, num_warps: int = 4, enable_fp_fusion: bool = True, **kwargs: Any) -> None:
+    def record(
+        self,
+        *args: Any,
+        num_warps: int = 4,
+        maxnreg: int | None = None,
+        enable_fp_fusion: bool = True,
+        **kwargs: Any,
+    ) -> None:
         values = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
         signature, constants, aligned = {}, {}, []
         for position, parameter in enumerate(self.kernel.params):
             value = values[parameter.name]
             kind = "constexpr" if parameter.is_constexpr else _type_name(value)
+            if parameter.do_not_specialize and isinstance(value, int):
+                signature[parameter.name] = "i32"
+                continue
             signature[parameter.name] = kind
             if kind == "constexpr":
                 constants[parameter.name] = value
@@ -99,6 +112,7 @@ class Recorder:
                 tuple(constants.items()),
                 tuple(aligned),
                 num_warps,
+                maxnreg,
             )
         )
 
@@ -153,14 +167,75 @@ def raster_variants(dtype: torch.dtype, batch: int, steps: int, side: int) -> It
             "bwd widest": lambda: raster.raster_bwd(image, *strokes, saved, *widest),
         }
 
-    kernels = {name: kernel for name, kernel in vars(raster).items() if name.endswith("_kernel")}
+    yield from recorded(raster, f"{side}^2 {TYPE_NAMES[dtype]}", calls)
+
+
+def recorded(module: ModuleType, size: str, calls: dict[str, Callable[[], Any]]) -> Iterator[Variant]:
+    """What each of the labelled calls launches of the kernels of `module`."""
+    kernels = {name: kernel for name, kernel in vars(module).items() if name.endswith("_kernel")}
     for label, call in calls.items():
         variants: list[Variant] = []
-        size = f"{side}^2 {TYPE_NAMES[dtype]} {label}"
-        stand_ins = {name: Recorder(raster.__name__, k, size, variants) for name, k in kernels.items()}
-        with mock.patch.multiple(raster, **stand_ins):
+        stand_ins = {
+            name: Recorder(module.__name__, k, f"{size} {label}", variants) for name, k in kernels.items()
+        }
+        with mock.patch.multiple(module, **stand_ins):
             call()
         yield from variants
+
+
+def sinkhorn_variants(dtype: torch.dtype, quick: bool) -> Iterator[Variant]:
+    """What the launchers of the Sinkhorn family launch, at the sizes of the benchmark suite."""
+    from sketchfast.kernels.triton import sinkhorn
+
+    def meta(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    for count, rows, columns in SINKHORN_SIZES[:2] if quick else SINKHORN_SIZES:
+        cost, epsilon = meta(count, rows, columns, kind=dtype), meta(count, kind=torch.float64)
+        a, b, per_problem = meta(count, rows), meta(count, columns), meta(count)
+        phi, gamma = a.double(), b.double()
+        iterations = meta(count, kind=torch.int32)
+        problem = (cost, epsilon, a, b)
+        calls = {
+            "fwd": lambda p=problem: sinkhorn.sinkhorn_fwd(*p[:2], None, None, None, 3, -1.0, "none"),
+            "fwd a b tol": lambda p=problem: sinkhorn.sinkhorn_fwd(*p, p[3], 3, 1e-3, "none"),
+            "value fwd": lambda p=problem: sinkhorn.sinkhorn_value_fwd(*p[:2], None, None, 3, -1.0),
+            "value bwd": lambda c=cost, x=(per_problem, epsilon, phi, gamma): sinkhorn.sinkhorn_value_bwd(
+                x[0], c, *x[1:]
+            ),
+            "unrolled": lambda c=cost, x=(a, b, epsilon, iterations): sinkhorn.sinkhorn_unrolled_bwd(
+                c, x[0], x[1], c, x[2], None, None, None, x[3], 3
+            ),
+            "unrolled a b": lambda c=cost, x=(a, b, epsilon, iterations): sinkhorn.sinkhorn_unrolled_bwd(
+                None, x[0], x[1], c, x[2], x[0], x[1], x[1], x[3], 3
+            ),
+            "adjoint": lambda c=cost, x=(a, b, epsilon, phi, gamma): sinkhorn.sinkhorn_adjoint(
+                c, x[0], x[1], c, *x[2:]
+            ),
+            "cost gradient": lambda c=cost, x=(epsilon, phi, gamma): sinkhorn.sinkhorn_cost_gradient(
+                c, c.double(), *x, c.dtype
+            ),
+        }
+        yield from recorded(sinkhorn, f"{count}x{rows}x{columns} {TYPE_NAMES[dtype]}", calls)
+    scores = meta(3840, 125, kind=dtype)
+    yield from recorded(
+        sinkhorn,
+        f"3840x125 {TYPE_NAMES[dtype]}",
+        {"swav": lambda: sinkhorn.swav_assign(scores, 0.05, 3)},
+    )
+    if dtype != torch.float32:  # points are float32 by the time they are here
+        return
+    for dims in (3, 64):
+        x, y, epsilon = meta(1, 10000, dims), meta(1, 10000, dims), meta(1, kind=torch.float64)
+        phi = meta(1, 10000, kind=torch.float64)
+        yield from recorded(
+            sinkhorn,
+            f"points {dims}",
+            {
+                "fwd": lambda p=(x, y, epsilon): sinkhorn.sinkhorn_points_fwd(*p, None, None, 3, -1.0),
+                "bwd": lambda p=(x, y, epsilon), q=phi: sinkhorn.sinkhorn_points_bwd(meta(1), *p, q, q),
+            },
+        )
 
 
 def compile_variant(variant: Variant, architecture: int) -> Result:
@@ -173,11 +248,12 @@ def compile_variant(variant: Variant, architecture: int) -> Result:
     result = Result(variant, architecture)
     kernel = getattr(importlib.import_module(variant.module), variant.kernel)
     attributes = {(position,): [["tt.divisibility", 16]] for position in variant.aligned}
+    options = {"num_warps": variant.warps, "maxnreg": variant.most_registers, "enable_fp_fusion": True}
     try:
         compiled = triton.compile(
             ASTSource(kernel, dict(variant.signature), dict(variant.constants), attributes),
             target=GPUTarget("cuda", architecture, 32),
-            options={"num_warps": variant.warps, "enable_fp_fusion": True},
+            options=options,
         )
         result.registers, result.local = resource_usage(compiled.asm["cubin"])
         result.shared = compiled.metadata.shared
@@ -203,7 +279,14 @@ def unique(variants: list[Variant]) -> list[Variant]:
     """One variant of each distinct compilation; its label is that of the first."""
     seen: dict[tuple[Any, ...], Variant] = {}
     for variant in variants:
-        key = (variant.kernel, variant.signature, variant.constants, variant.aligned, variant.warps)
+        key = (
+            variant.kernel,
+            variant.signature,
+            variant.constants,
+            variant.aligned,
+            variant.warps,
+            variant.most_registers,
+        )
         seen.setdefault(key, variant)
     return list(seen.values())
 
@@ -211,6 +294,7 @@ def unique(variants: list[Variant]) -> list[Variant]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one size, one dtype, one architecture")
+    parser.add_argument("--op", choices=("raster", "sinkhorn"), help="this op only")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -218,18 +302,24 @@ def main(arguments: list[str] | None = None) -> int:
     dtypes = (torch.float32,) if options.quick else (torch.float32, torch.bfloat16)
     sizes = SIZES[:1] if options.quick else SIZES
     architectures = ARCHITECTURES[1:] if options.quick else ARCHITECTURES
-    variants = unique(
-        [v for dtype, size in itertools.product(dtypes, sizes) for v in raster_variants(dtype, *size)]
-    )
+    found: list[Variant] = []
+    if options.op in (None, "raster"):
+        found += [
+            v for dtype, size in itertools.product(dtypes, sizes) for v in raster_variants(dtype, *size)
+        ]
+    if options.op in (None, "sinkhorn"):
+        for dtype in dtypes:
+            found += sinkhorn_variants(dtype, options.quick)
+    variants = unique(found)
     work = [(variant, architecture) for variant in variants for architecture in architectures]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         results = list(pool.map(compile_variant, *zip(*work, strict=True)))
 
-    print(f"{'kernel':22}{'variant':28}{'arch':>6}{'warps':>6}{'regs':>6}{'local B':>8}{'shared B':>9}")
+    print(f"{'kernel':24}{'variant':32}{'arch':>6}{'warps':>6}{'regs':>6}{'local B':>8}{'shared B':>9}")
     for result in results:
         variant = result.variant
         print(
-            f"{variant.kernel:22}{variant.label:28}{'sm_' + str(result.architecture):>6}{variant.warps:>6}"
+            f"{variant.kernel:24}{variant.label:32}{'sm_' + str(result.architecture):>6}{variant.warps:>6}"
             f"{result.registers:>6}{result.local:>8}{result.shared:>9}"
             + ("  FAILED: " + result.error if result.error else "  SPILLS" if result.local else "")
         )
