@@ -834,8 +834,7 @@ struct State {
 };
 
 // Potentials to start from; a CTA per problem.
-__global__ inline void __launch_bounds__(kLineThreads)
-    start_kernel(const __grid_constant__ State s) {
+__global__ void __launch_bounds__(kLineThreads) start_kernel(const __grid_constant__ State s) {
   const Problem& q = s.problem;
   const int64_t problem = blockIdx.x;
   const double per_epsilon = 1.0 / q.epsilon_of(problem);
@@ -863,8 +862,7 @@ __device__ inline double plan_error(const State& s, int64_t problem, double* of_
 
 // After the row half-step of s.iteration, which told the error of the iteration before: whether the
 // problem goes on, and if so with the new phi. A CTA per problem.
-__global__ inline void __launch_bounds__(kLineThreads)
-    decide_kernel(const __grid_constant__ State s) {
+__global__ void __launch_bounds__(kLineThreads) decide_kernel(const __grid_constant__ State s) {
   SKETCHFAST_SHARED_MEMORY(shared);
   const Problem& q = s.problem;
   const int64_t problem = blockIdx.x;
@@ -883,8 +881,7 @@ __global__ inline void __launch_bounds__(kLineThreads)
 }
 
 // What a caller sees of the potentials; a CTA per problem.
-__global__ inline void __launch_bounds__(kLineThreads)
-    finish_kernel(const __grid_constant__ State s) {
+__global__ void __launch_bounds__(kLineThreads) finish_kernel(const __grid_constant__ State s) {
   SKETCHFAST_SHARED_MEMORY(shared);
   double* of_warp = reinterpret_cast<double*>(shared);
   const Problem& q = s.problem;
@@ -958,8 +955,7 @@ __device__ inline void for_entries(const EntryParams& p, Visit visit) {
   }
 }
 
-__global__ inline void __launch_bounds__(kLineThreads)
-    plan_kernel(const __grid_constant__ EntryParams p) {
+__global__ void __launch_bounds__(kLineThreads) plan_kernel(const __grid_constant__ EntryParams p) {
   for_entries(p, [&](int64_t problem, int64_t i, int64_t j, int64_t offset) {
     const double per_epsilon = 1.0 / (p.epsilon ? p.epsilon[problem] : p.epsilon_value);
     const double potential = p.phi[problem * p.rows + i] + p.gamma[problem * p.columns + j];
@@ -972,7 +968,7 @@ __device__ inline void store_double(const Output& out, int64_t i, double value) 
   store(out, i, static_cast<float>(value));
 }
 
-__global__ inline void __launch_bounds__(kLineThreads)
+__global__ void __launch_bounds__(kLineThreads)
     cost_gradient_kernel(const __grid_constant__ EntryParams p) {
   for_entries(p, [&](int64_t problem, int64_t i, int64_t j, int64_t offset) {
     double slope = p.lam[problem * p.rows + i] + p.mu[problem * p.columns + j];
@@ -1079,7 +1075,7 @@ struct UnrolledParams {
 };
 
 // The potentials after each problem's last iteration. A CTA per problem.
-__global__ inline void __launch_bounds__(kLineThreads)
+__global__ void __launch_bounds__(kLineThreads)
     unrolled_last_kernel(const __grid_constant__ UnrolledParams p) {
   const Problem& q = p.problem;
   const int64_t problem = blockIdx.x, from = p.iterations[problem] * q.count + problem;
@@ -1093,7 +1089,7 @@ __global__ inline void __launch_bounds__(kLineThreads)
 
 // Turns the right-hand sides of Adjoint into gradients to the last phi and gamma, with the gauge's
 // part: f = epsilon (phi + s), g = epsilon (gamma - s), s = <b, gamma> / <b, 1>. A CTA per problem.
-__global__ inline void __launch_bounds__(kLineThreads)
+__global__ void __launch_bounds__(kLineThreads)
     unrolled_start_kernel(const __grid_constant__ UnrolledParams p) {
   SKETCHFAST_SHARED_MEMORY(shared);
   double* of_warp = reinterpret_cast<double*>(shared);
@@ -1129,7 +1125,7 @@ __global__ inline void __launch_bounds__(kLineThreads)
 
 // grad_a = the sum of slopes over iterations; grad_b likewise with the gauge's part. A CTA per
 // problem.
-__global__ inline void __launch_bounds__(kLineThreads)
+__global__ void __launch_bounds__(kLineThreads)
     unrolled_marginals_kernel(const __grid_constant__ UnrolledParams p) {
   const Problem& q = p.problem;
   const int64_t problem = blockIdx.x, last = p.iterations[problem];
@@ -1148,7 +1144,7 @@ __global__ inline void __launch_bounds__(kLineThreads)
 }
 
 // (sum over half-steps of plan between * slope - grad_plan * plan) / epsilon.
-__global__ inline void __launch_bounds__(kLineThreads)
+__global__ void __launch_bounds__(kLineThreads)
     unrolled_cost_kernel(const __grid_constant__ UnrolledParams p) {
   const Problem& q = p.problem;
   EntryParams entries{};
@@ -1214,7 +1210,7 @@ struct PointsParams {
 };
 
 // The mean of up to 1024 of the points of `lines`, which is about their centre. A CTA a problem.
-__global__ inline void __launch_bounds__(kLineThreads)
+__global__ void __launch_bounds__(kLineThreads)
     centre_kernel(const __grid_constant__ PointsParams p) {
   SKETCHFAST_SHARED_MEMORY(shared);
   double* of_thread = reinterpret_cast<double*>(shared);
@@ -1238,7 +1234,7 @@ __global__ inline void __launch_bounds__(kLineThreads)
 }
 
 // Squared norms of `lines` about the centre; a warp a point.
-__global__ inline void __launch_bounds__(kLineThreads)
+__global__ void __launch_bounds__(kLineThreads)
     norm_kernel(const __grid_constant__ PointsParams p) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kLineWarps + warp_index();
   if (at >= p.count * p.lines.size) return;
@@ -1336,7 +1332,7 @@ struct PointTile {
 constexpr int kPointTile = 128, kGradTile = 64;
 
 // The sums of a half-step over clouds; combine_kernel<HalfStep> finishes it.
-__global__ inline void __launch_bounds__(kLineThreads)
+__global__ void __launch_bounds__(kLineThreads)
     points_kernel(const __grid_constant__ PointsParams p) {
   using Tile = PointTile<kPointTile>;
   constexpr int M = Tile::M;
@@ -1398,7 +1394,7 @@ __global__ inline void __launch_bounds__(kLineThreads)
 }
 
 // 2 grad * sum of P (line - term) for up to kGradTile dimensions of kGradTile lines.
-__global__ inline void __launch_bounds__(kLineThreads)
+__global__ void __launch_bounds__(kLineThreads)
     points_grad_kernel(const __grid_constant__ PointsParams p) {
   using Tile = PointTile<kGradTile>;
   constexpr int M = Tile::M, T = kGradTile;
