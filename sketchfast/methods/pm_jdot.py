@@ -229,7 +229,8 @@ class SketchPhotoBatches(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> ImageBatch:
         at = np.asarray(indices, dtype=np.int64)
         return ImageBatch(
-            _as_tensor(self.sketches[self.rows["sketches"][at]]), _as_tensor(self.photos[self.rows["photos"][at]])
+            _as_tensor(self.sketches[self.rows["sketches"][at]]),
+            _as_tensor(self.photos[self.rows["photos"][at]]),
         )
 
 
@@ -567,9 +568,7 @@ class PMJDOT(Method):
             mass = sum(part.sum() for part in parts)
 
         def distance(sketches: slice, photos: slice) -> Tensor:
-            crossed = (
-                y[0, sketches] @ log_y[1, photos].T + log_y[0, sketches] @ y[1, photos].T
-            ) / 2
+            crossed = (y[0, sketches] @ log_y[1, photos].T + log_y[0, sketches] @ y[1, photos].T) / 2
             return config.alpha * cosine_distance(bank[0, sketches], bank[1, photos]) - config.beta * crossed
 
         batch, older, every = slice(count), slice(count, None), slice(None)
@@ -645,3 +644,175 @@ def embed_images(method: PMJDOT, images: NDArray[np.uint8], batch_size: int = 25
     ]
     method.train(training)
     return torch.cat(parts).numpy()
+
+
+# ---- the paper's protocol ----------------------------------------------------------------------------------
+
+#: Table 3 of the paper (v1 and v5 are also Table 1's SwAV and Ours): percent, by data set
+PAPER_UNSUPERVISED = {
+    "Sketchy-Extended": {
+        "v1": (10.87, 12.51, 10.15),
+        "v2": (21.07, 23.19, 18.53),
+        "v3": (25.60, 28.62, 20.98),
+        "v4": (24.83, 27.67, 20.78),
+        "v5": (33.64, 36.31, 28.17),
+    },
+    "TUBerlin-Extended": {
+        "v1": (3.36, 5.81, 2.89),
+        "v2": (7.01, 9.96, 5.05),
+        "v3": (9.01, 12.26, 5.62),
+        "v4": (11.71, 15.66, 7.53),
+        "v5": (14.78, 18.66, 9.93),
+    },
+}
+#: Table 2, the row Ours
+PAPER_ZERO_SHOT = {
+    "Sketchy-Extended": {"v5": (38.44, 44.09, 34.68)},
+    "TUBerlin-Extended": {"v5": (28.36, 31.53, 22.91)},
+}
+
+
+def retrieval(
+    method: PMJDOT,
+    untrained: PMJDOT,
+    data: DataSpec,
+    *,
+    top: int = 200,
+    queries_shown: int = 8,
+    photos_shown: int = 10,
+    seed: int = 0,
+) -> list[Table]:
+    """Category-level retrieval of photos by sketches (sections 4.1 and 4.2), trained against untrained network.
+
+    Queries and gallery are those of the split that the run was trained on (`split`, `queries_per_class`,
+    `test_classes` and `split_seed` of its config): no query was seen in training. Labels serve here alone.
+
+    Args:
+        method, untrained: the trained network, and one of the same config with fresh weights.
+        data: the data set the run was trained on.
+        top: photos retrieved a query, for Prec@top and mAP@top; the paper's is 200.
+        queries_shown: queries in the picture of what is retrieved.
+        photos_shown: photos a query there.
+        seed: of the choice of queries shown, and of t-SNE.
+    """
+    from ..evaluate.retrieval import retrieval_scores
+
+    for name, value in (("top", top), ("queries_shown", queries_shown), ("photos_shown", photos_shown)):
+        check_integer(name, value, 1)
+    check_integer("seed", seed, 0)
+    split = read_split(data, method.config)
+    query, gallery = split.query, split.gallery
+    query_labels, gallery_labels = torch.from_numpy(query.labels), torch.from_numpy(gallery.labels)
+    # beyond the size of the smallest class no ranking could be right throughout
+    smallest = int(gallery.class_counts[np.unique(query.labels)].min())
+    rows: list[dict[str, Any]] = []
+    for name, network in (("trained", method), ("untrained", untrained)):
+        x, y = (torch.from_numpy(embed_images(network, part.images)) for part in (query, gallery))
+        scores = retrieval_scores(x, y, query_labels, gallery_labels, top=top)
+        row = {
+            "network": name,
+            f"Prec@{scores.top}": _percent(scores.precision_at),
+            f"mAP@{scores.top}": _percent(scores.map_at),
+            "mAP": _percent(scores.map_all),
+        }
+        if 0 < smallest < scores.top:
+            within = retrieval_scores(x, y, query_labels, gallery_labels, top=smallest)
+            row[f"Prec@{smallest}"] = _percent(within.precision_at)
+        rows.append(row)
+        if network is method:
+            pictures = _retrieval_pictures(split, x, y, queries_shown, photos_shown, seed)
+    rows += _paper_rows(method.config)
+    note = (
+        f"Percent; {len(query)} queries, gallery of {len(gallery)} photos of {len(gallery.class_names)} classes, "
+        f"the smallest of {smallest}; split {split.name}. A random order has a precision of {_chance(query, gallery)}. "
+        f"{training_facts(method)}"
+    )
+    return [Table(f"Retrieval of photos by sketches: {data.name}", rows, note, pictures)]
+
+
+def _percent(fraction: float) -> float:
+    return round(100 * fraction, 2)
+
+
+def _chance(query: ImageSet, gallery: ImageSet) -> float:
+    """The expected precision of a random order in percent, at any rank."""
+    return _percent(float((gallery.class_counts[query.labels] / len(gallery)).mean()))
+
+
+def _paper_rows(config: PMJDOTConfig) -> list[dict[str, Any]]:
+    """The paper's figures for the same split protocol: the run's variant, and v1 and v5 beside it."""
+    table = PAPER_UNSUPERVISED if config.split == "unsupervised" else PAPER_ZERO_SHOT
+    wanted = dict.fromkeys(("v1", config.variant, "v5"))
+    return [
+        {
+            "network": f"paper: {name}, {variant}",
+            **dict(zip(("Prec@200", "mAP@200", "mAP"), figures[variant], strict=True)),
+        }
+        for name, figures in table.items()
+        for variant in wanted
+        if variant in figures
+    ]
+
+
+def _retrieval_pictures(
+    split: RetrievalSplit, x: Tensor, y: Tensor, queries: int, photos: int, seed: int
+) -> dict[str, bytes]:
+    from ..evaluate.retrieval import nearest, retrieval_picture, tsne_picture
+
+    query, gallery = split.query, split.gallery
+    order = np.random.default_rng(seed).permutation(len(query))
+    # one query a class, then the next of each, so that as many classes as fit are seen
+    rank = np.empty(len(query), dtype=np.int64)
+    for label in np.unique(query.labels):
+        rows = order[query.labels[order] == label]
+        rank[rows] = np.arange(len(rows))
+    shown = order[np.argsort(rank[order], kind="stable")][:queries]
+    index = nearest(x[torch.from_numpy(shown)], y, min(photos, len(gallery)))[1].numpy()
+    right = gallery.labels[index] == query.labels[shown][:, None]
+    return {
+        "Queries and the photos nearest to them": retrieval_picture(
+            query.images[shown], gallery.images, index, right
+        ),
+        "t-SNE of queries and gallery": tsne_picture(
+            x, y, query.labels, gallery.labels, query.class_names, seed=seed
+        ),
+    }
+
+
+def training_facts(method: PMJDOT) -> str:
+    """What was trained, and in which of its settings it differs from the paper's run."""
+    config, paper = method.config, PMJDOTConfig()
+    sketches, photos = method.training_images.tolist()
+    start = "from random weights" if config.weights == "random" else f"from {config.weights} weights"
+    facts = (
+        f"Trained as {config.variant} for {int(method.steps_trained)} steps of {config.batch_size} sketches and "
+        f"{config.batch_size} photos on {sketches} sketches and {photos} photos, {start} (paper: SwAV's "
+        f"ResNet-50 of ImageNet)"
+    )
+    if config.align_after:
+        facts += f", the first {config.align_after} of them SwAV alone"
+    names = (
+        "backbone",
+        "batch_size",
+        "image_size",
+        "feature_size",
+        "prototypes",
+        "queue_size",
+        "bank_size",
+        "learning_rate",
+        "lr_epochs",
+        "alpha",
+        "beta",
+        "mu",
+        "nu",
+        "plan_epsilon",
+    )
+    different = [
+        f"{name} {getattr(config, name)} (paper {getattr(paper, name)})"
+        for name in names
+        if getattr(config, name) != getattr(paper, name)
+    ]
+    return f"{facts}. Other settings: {', '.join(different)}." if different else f"{facts}."
+
+
+PMJDOT.protocols = {"retrieval": retrieval}
