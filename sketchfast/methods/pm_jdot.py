@@ -10,8 +10,7 @@ takes SwAV's defaults, and is a field of the config.
 from __future__ import annotations
 
 import hashlib
-import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -191,7 +190,7 @@ class PMJDOTConfig(TrainConfig):
 
 
 class ImageBatch(NamedTuple):
-    """As many sketches as photos, without labels; row i of the one has nothing to do with row i of the other."""
+    """As many sketches as photos, without labels; row i of one has nothing to do with row i of the other."""
 
     sketches: Tensor
     """[B, 3, S, S] uint8 RGB"""
@@ -305,7 +304,7 @@ def label_distance(p: Tensor, q: Tensor) -> Tensor:
 
 
 class PMJDOT(Method):
-    """Backbone, projection to features of length 1, prototypes, queue and banks; see the module's docstring."""
+    """Backbone, projection to features of length 1, prototypes, queue, banks; see the module's docstring."""
 
     Config = PMJDOTConfig
     config: PMJDOTConfig
@@ -327,7 +326,7 @@ class PMJDOT(Method):
             self.backbone = timm.create_model(config.backbone, pretrained=False, num_classes=0)
         except RuntimeError as error:  # timm's word for a name it does not know
             raise ValueError(f"backbone must be a timm model, got {config.backbone!r}: {error}") from error
-        width = int(self.backbone.num_features)
+        width: int = self.backbone.num_features  # type: ignore[assignment]
         self.head: nn.Module = nn.Linear(width, size)
         if config.head == "mlp":
             self.head = nn.Sequential(
@@ -444,7 +443,7 @@ class PMJDOT(Method):
 
     @torch.no_grad()
     def start_prototypes(self) -> None:
-        """The prototypes at the K-means centroids of all training photos' features by the network as it is."""
+        """The prototypes at the K-means centroids of all training photos' features, network as it is."""
         photos, count = self._training_photos, self.config.prototypes
         if photos is None:
             raise RuntimeError("train_data must be called before the step of the k-means start")
@@ -475,7 +474,7 @@ class PMJDOT(Method):
         queue_rows, bank_rows = self.filled.tolist()  # before the network: a GPU has nothing to wait for yet
         x = self.two_views(batch)
         with full_precision(x.device.type):
-            # a frozen prototype has a gradient of 0, not none, which data-parallel training takes for an error
+            # frozen: a gradient of 0 and not none, which data-parallel training takes for an error
             prototypes = self.prototypes * (step >= config.freeze_prototypes)
             prototypes = prototypes + self.prototypes.detach() * (step < config.freeze_prototypes)
             use_queue = step >= config.queue_start and 0 < config.queue_size == queue_rows
@@ -555,8 +554,8 @@ class PMJDOT(Method):
 
         The paper does not write this out. The plan is between the two banks [2, E, D], whose first `count`
         rows are the batch; pairs of two older features have no gradient and are left out, and the rest of the
-        plan is scaled to sum 1. Neither domain has labels, so the label distance d_c is the mean of both cross-entropies,
-        each with the other domain's probabilities as its constant target.
+        plan is scaled to sum 1. Neither domain has labels, so the label distance d_c is the mean of both
+        cross-entropies, each with the other domain's probabilities as its constant target.
         """
         config = self.config
         log_y = torch.log_softmax(bank @ prototypes.T / config.temperature, dim=-1)
@@ -589,7 +588,7 @@ class PMJDOT(Method):
 
     @torch.no_grad()
     def _remember(self, x: Tensor) -> None:
-        """Put the batch [2 domains, 2 views, B, D] on top of queue and banks; what falls off the end is lost."""
+        """Put the batch [2 domains, 2 views, B, D] on top of queue and banks; what is over at the end goes."""
         self.filled += torch.tensor([2 * x.shape[2], x.shape[2]], device=x.device)
         self.filled.clamp_(max=torch.tensor([self.queue.shape[1], self.banks.shape[1]], device=x.device))
         for store, new in ((self.queue, x.transpose(0, 1).flatten(1, 2)), (self.banks, x[:, 0])):
@@ -610,7 +609,7 @@ class PMJDOT(Method):
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """Features [B, D] of length 1 of RGB images [B, 3, H, W] in [0, 1] as they are, resized where needed."""
+        """Features [B, D] of length 1 of RGB images [B, 3, H, W] in [0, 1], resized where needed."""
         if not images.is_floating_point():
             raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}")
         if images.dim() != 4 or images.shape[1] != 3:
@@ -682,7 +681,7 @@ def retrieval(
     photos_shown: int = 10,
     seed: int = 0,
 ) -> list[Table]:
-    """Category-level retrieval of photos by sketches (sections 4.1 and 4.2), trained against untrained network.
+    """Category-level retrieval of photos by sketches (sections 4.1, 4.2), trained against untrained network.
 
     Queries and gallery are those of the split that the run was trained on (`split`, `queries_per_class`,
     `test_classes` and `split_seed` of its config): no query was seen in training. Labels serve here alone.
@@ -723,9 +722,9 @@ def retrieval(
             pictures = _retrieval_pictures(split, x, y, queries_shown, photos_shown, seed)
     rows += _paper_rows(method.config)
     note = (
-        f"Percent; {len(query)} queries, gallery of {len(gallery)} photos of {len(gallery.class_names)} classes, "
-        f"the smallest of {smallest}; split {split.name}. A random order has a precision of {_chance(query, gallery)}. "
-        f"{training_facts(method)}"
+        f"Percent; {len(query)} queries, gallery of {len(gallery)} photos of {len(gallery.class_names)} "
+        f"classes, the smallest of {smallest}; split {split.name}. A random order has a precision of "
+        f"{_chance(query, gallery)}. {training_facts(method)}"
     )
     return [Table(f"Retrieval of photos by sketches: {data.name}", rows, note, pictures)]
 
@@ -785,8 +784,8 @@ def training_facts(method: PMJDOT) -> str:
     sketches, photos = method.training_images.tolist()
     start = "from random weights" if config.weights == "random" else f"from {config.weights} weights"
     facts = (
-        f"Trained as {config.variant} for {int(method.steps_trained)} steps of {config.batch_size} sketches and "
-        f"{config.batch_size} photos on {sketches} sketches and {photos} photos, {start} (paper: SwAV's "
+        f"Trained as {config.variant} for {int(method.steps_trained)} steps of {config.batch_size} sketches "
+        f"and {config.batch_size} photos, on {sketches} sketches and {photos} photos, {start} (paper: SwAV's "
         f"ResNet-50 of ImageNet)"
     )
     if config.align_after:
