@@ -588,7 +588,7 @@ class PMJDOT(Method):
 
     @torch.no_grad()
     def _remember(self, x: Tensor) -> None:
-        """Put the batch [2 domains, 2 views, B, D] on top of queue and banks; what is over at the end goes."""
+        """Put the batch [2 domains, 2 views, B, D] on top of queue and banks; the oldest fall off the end."""
         self.filled += torch.tensor([2 * x.shape[2], x.shape[2]], device=x.device)
         self.filled.clamp_(max=torch.tensor([self.queue.shape[1], self.banks.shape[1]], device=x.device))
         for store, new in ((self.queue, x.transpose(0, 1).flatten(1, 2)), (self.banks, x[:, 0])):
