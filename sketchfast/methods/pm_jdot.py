@@ -235,7 +235,7 @@ class SketchPhotoBatches(torch.utils.data.Dataset):
 
 def _as_tensor(images: NDArray[np.uint8]) -> Tensor:
     """Images [B, H, W, 3] as a tensor [B, 3, H, W] of their own memory order (channels last)."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.require(images, requirements=["C", "W"])).permute(0, 3, 1, 2)
 
 
 def _fingerprint(data: SketchPhotoSet) -> str:
@@ -408,7 +408,12 @@ class PMJDOT(Method):
                 raise ValueError(
                     f"weights must be random, timm or a file that exists, got {config.weights!r}"
                 )
-            found = timm.models.load_state_dict(config.weights, use_ema=False, weights_only=True)
+            try:
+                found = timm.models.load_state_dict(config.weights, use_ema=False, weights_only=True)
+            except RuntimeError as error:  # damaged, or not plain tensors
+                raise ValueError(
+                    f"weights must be a file of tensors, got {config.weights}: {error}"
+                ) from error
         missing = self.backbone.load_state_dict(found, strict=False).missing_keys
         missing = [name for name in missing if not name.endswith("num_batches_tracked")]
         if missing:
