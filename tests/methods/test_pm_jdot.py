@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from sketchfast import cli
 from sketchfast.data.images import ImageSet, SketchPhotoSet
+from sketchfast.data.splits import SKETCHY_CLASSES
 from sketchfast.methods import get_method
 from sketchfast.methods import pm_jdot as module
 from sketchfast.methods.base import DataSpec
@@ -218,8 +219,20 @@ def test_queries_are_kept_out_of_training(images) -> None:
     split = module.read_split(DataSpec(), method.config)
     assert not set(split.query.names) & set(split.train.sketches.names)
     assert len(split.query) == 15
-    zero_shot = make(split="zero_shot", test_classes=("class 1",))
+    zero_shot = make(split="zero_shot", test_classes="class 1")
     assert zero_shot.training_images.tolist() == [24, 18]
+
+
+def test_zero_shot_classes_are_names_or_a_list() -> None:
+    names = ["a", "b", "c", "d"]
+    assert module.test_classes("b,d", names) == ["b", "d"]
+    assert module.test_classes("a", names) == ["a"]
+    drawn = module.test_classes("random-2-seed1", names)
+    assert len(drawn) == 2
+    assert set(drawn) < set(names)
+    with pytest.raises(ValueError, match=r"test_classes must be classes of the data .* got 'b,e'"):
+        module.test_classes("b,e", names)
+    assert len(module.test_classes("sketchy-21", list(SKETCHY_CLASSES))) == 21
 
 
 def test_unknown_data_is_named(monkeypatch) -> None:
@@ -644,7 +657,7 @@ def test_retrieval_names_its_setting_and_the_papers_figures() -> None:
 
 
 def test_retrieval_of_unseen_classes() -> None:
-    fields = {"split": "zero_shot", "test_classes": ("class 2", "class 0"), "variant": "v3"}
+    fields = {"split": "zero_shot", "test_classes": "class 2,class 0", "variant": "v3"}
     method, untrained = make(0, **fields), make(1, **fields)
     (table,) = retrieval(method, untrained, DataSpec())
     assert "24 queries, gallery of 18 photos of 2 classes" in table.note
@@ -787,6 +800,15 @@ def folder(tmp_path_factory, images) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
     return root
+
+
+def test_procedural_pictures_from_the_command_line(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.undo()
+    run = tmp_path / "run"
+    assert cli.main(["train", "pm_jdot", "--preset", "tiny", "--accelerator", "cpu", "--out", str(run)]) == 0
+    assert cli.main(["evaluate", str(run), "--accelerator", "cpu"]) == 0
+    assert "Retrieval of photos by sketches: procedural" in capsys.readouterr().out
+    assert (run / "pictures" / "step-000000003.png").is_file()
 
 
 def test_from_the_command_line(monkeypatch, tmp_path, folder, capsys) -> None:
