@@ -515,10 +515,10 @@ def draw_command(args: Sequence[str]) -> int:
     if flags.draw.scale < 1:
         raise UsageError(f"scale must be at least 1, got {flags.draw.scale}")
     method = load_method(run)[0].to(_device(flags.device.accelerator))
-    if type(method).draw is Method.draw:
-        raise UsageError(f"RUN must be of a method that draws, got one of {read_run(run)['method']}")
     size = _image_size(method)
     ink = load_ink(image, size)[None].to(next(method.parameters()).device)
+    if type(method).draw is Method.draw:
+        raise UsageError(f"RUN must be of a method that draws, got one of {read_run(run)['method']}")
     sketch = method.draw(ink, temperature=flags.draw.temperature, seed=flags.draw.seed)[0]
     out = flags.draw.out or Path(f"{image.stem}-drawn.svg")
     out.parent.mkdir(parents=True, exist_ok=True)
