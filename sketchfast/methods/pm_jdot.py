@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..models.views import ViewSettings, random_view
+from ..models.views import ViewSettings, random_view, to_grey
 from ..ops._contract import check_integer, check_number, full_precision
 from ..ops.sinkhorn import sinkhorn, swav_assign
 from .base import PRESETS, DataSpec, Method, Table, TrainConfig
@@ -93,7 +93,8 @@ class PMJDOTConfig(TrainConfig):
     jitter: float = 1.0
     """strength of a photo view's change of colours, 0 for none; SwAV's"""
     grey: float = 0.2
-    """probability that a photo view is grey; SwAV's"""
+    """probability that a photo view is grey; SwAV's. 1: the network never sees colour, nor does it after
+    training"""
     blur: float = 0.5
     """probability that a view is blurred; SwAV's"""
     prototypes: int = 125
@@ -455,6 +456,8 @@ class PMJDOT(Method):
 
     def features(self, images: Tensor) -> Tensor:
         """Features x [B, D] of length 1, float32, of images [B, 3, S, S] in [0, 1]."""
+        if self.config.grey == 1:  # as every view in training
+            images = to_grey(images)
         pixels = ((images - self.pixel_mean) / self.pixel_std).contiguous(memory_format=torch.channels_last)
         return F.normalize(self.head(self.backbone(pixels)).float(), dim=-1)
 

@@ -69,6 +69,11 @@ def random_view(images: Tensor, size: int, settings: ViewSettings, colour: Tenso
     return _blur(view, settings.blur) if settings.blur > 0 else view
 
 
+def to_grey(images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] without colour: their luma in all three channels."""
+    return (images * images.new_tensor(LUMA)[:, None, None]).sum(dim=1, keepdim=True).expand_as(images)
+
+
 def _uniform(like: Tensor, low: float, high: float) -> Tensor:
     """One number an image of `like` [B, ...]."""
     return low + (high - low) * torch.rand(len(like), device=like.device, dtype=like.dtype)

@@ -616,6 +616,9 @@ def test_embed_takes_colour_of_any_size() -> None:
     torch.testing.assert_close(method.embed(images), method.features(images).detach())
     assert method.embed(torch.rand(2, 3, 50, 40)).shape == (2, 16)
     assert (method.embed(images) - method.embed(images.flip(1))).abs().max() > 1e-3
+    grey = make(grey=1.0).eval()  # saw no colour in training, and so sees none after
+    luma = 0.299 * images[:, :1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:]
+    torch.testing.assert_close(grey.embed(images), grey.embed(luma.expand(-1, 3, -1, -1)))
     with pytest.raises(TypeError, match="images must be floating point"):
         method.embed((images * 255).byte())
     with pytest.raises(ValueError, match=r"images must have shape \[B, 3, H, W\]"):
