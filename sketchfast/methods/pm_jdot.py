@@ -98,12 +98,12 @@ class PMJDOTConfig(TrainConfig):
     blur: float = 0.5
     """probability that a view is blurred; SwAV's"""
     prototypes: int = 125
-    """K, how many prototypes; the paper takes the number of classes, and needs no more of them than that"""
+    """K, how many prototypes; the paper takes as many as there are training classes"""
     kmeans: bool = True
-    """start the prototypes at the k-means centroids of the photos' features, else at random"""
+    """start the prototypes at the k-means centroids of the photos' features; without, at random"""
     align_after: int = 0
-    """steps of SwAV alone, for every variant; then the k-means start, and the alignment enters. Stands in for
-    SwAV's pre-trained weights where there are none"""
+    """steps of SwAV alone, in every variant; then the k-means start, and the alignment enters. It stands in
+    for SwAV's pre-trained weights where there are none"""
     freeze_prototypes: int = 0
     """first steps in which the prototypes stay as they are"""
     temperature: float = 0.1
