@@ -97,6 +97,10 @@ class PMJDOTConfig(TrainConfig):
     training"""
     blur: float = 0.5
     """probability that a view is blurred; SwAV's"""
+    invert: float = 0.0
+    """probability that a view is a negative; not SwAV's, nor the paper's"""
+    standardise: bool = False
+    """scale each image to mean 0 and variance 1 instead of ImageNet's mean and variance; not the paper's"""
     prototypes: int = 125
     """K, how many prototypes; the paper takes as many as there are training classes"""
     kmeans: bool = True
@@ -377,21 +381,26 @@ class PMJDOT(Method):
         if name == "paper":
             return PMJDOTConfig()
         if name == "small":
-            # From random weights the k-means centroids of the first features nearly coincide, and SwAV alone
-            # would first of all cluster by domain: random prototypes, and the alignment from the start.
+            # From random weights features lie close together and would stay on a line. The k-means centroids
+            # of such features nearly coincide, and SwAV alone would first of all cluster by domain: random
+            # prototypes, frozen at first, batch norm before the projection, and the alignment from the start.
             return PMJDOTConfig(
                 steps=2500,
                 batch_size=64,
                 learning_rate=0.1,
                 backbone="test_resnet",
+                head="mlp",
                 image_size=48,
-                # a short run learns little that is invariant: milder views, and neither domain in colour
+                # what a short run learns first is brightness: none of it, nor of colour
                 crop_scale=(0.3, 1.0),
-                jitter=0.4,
+                jitter=0.8,
                 grey=1.0,
                 blur=0.0,
+                invert=0.5,
+                standardise=True,
                 prototypes=32,
                 kmeans=False,
+                freeze_prototypes=500,
                 queue_size=512,
                 bank_size=512,
             )
@@ -463,7 +472,12 @@ class PMJDOT(Method):
         """Features x [B, D] of length 1, float32, of images [B, 3, S, S] in [0, 1]."""
         if self.config.grey == 1:  # as every view in training
             images = to_grey(images)
-        pixels = ((images - self.pixel_mean) / self.pixel_std).contiguous(memory_format=torch.channels_last)
+        if self.config.standardise:
+            variance, mean = torch.var_mean(images, dim=(1, 2, 3), correction=0, keepdim=True)
+            images = (images - mean) / (variance + 1e-4).sqrt()
+        else:
+            images = (images - self.pixel_mean) / self.pixel_std
+        pixels = images.contiguous(memory_format=torch.channels_last)
         return F.normalize(self.head(self.backbone(pixels)).float(), dim=-1)
 
     def probabilities(self, x: Tensor, prototypes: Tensor) -> Tensor:
@@ -839,6 +853,11 @@ def training_facts(method: PMJDOT) -> str:
         "mu",
         "nu",
         "plan_epsilon",
+        "head",
+        "kmeans",
+        "freeze_prototypes",
+        *(field.name for field in fields(ViewSettings)),
+        "standardise",
     )
     different = [
         f"{name} {getattr(config, name)} (paper {getattr(paper, name)})"

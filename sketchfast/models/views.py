@@ -33,6 +33,7 @@ class ViewSettings:
     jitter: float = 1.0
     grey: float = 0.2
     blur: float = 0.5
+    invert: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("crop_scale", "crop_ratio"):
@@ -44,7 +45,7 @@ class ViewSettings:
                 raise ValueError(f"{name} must be a pair (low, high) with low <= high, got {pair}")
         if self.crop_scale[1] > 1:
             raise ValueError(f"crop_scale must lie in (0, 1], got {self.crop_scale}")
-        for name in ("flip", "grey", "blur"):
+        for name in ("flip", "grey", "blur", "invert"):
             if check_number(name, getattr(self, name), at_least=0) > 1:
                 raise ValueError(f"{name} must be a probability in [0, 1], got {getattr(self, name)!r}")
         if check_number("jitter", self.jitter, at_least=0) > 1.25:  # 0.8 * 1.25: factors down to 0
@@ -58,15 +59,19 @@ def random_view(images: Tensor, size: int, settings: ViewSettings, colour: Tenso
     bilinearly, so H and W should not be far above `size`; a flip with probability `flip`; with probability
     0.8 brightness, contrast and saturation by factors in 1 +- 0.8 `jitter` and a turn of the hue by up to
     0.2 `jitter` of the circle, in YIQ; grey with probability `grey`; a Gaussian blur with probability
-    `blur`, sigma uniform from 0.1 to 2 pixels of a 224-pixel image. `colour [B]` bool says which images
-    colour and grey apply to, None all.
+    `blur`, sigma uniform from 0.1 to 2 pixels of a 224-pixel image; and, which SwAV has not, its negative with
+    probability `invert`. `colour [B]` bool says which images colour and grey apply to, None all.
     """
     if images.dtype == torch.uint8:
         images = images.float() / 255
     view = _crop_and_flip(images, size, settings)
     if settings.jitter > 0 or settings.grey > 0:
         view = _recolour(view, settings, colour)
-    return _blur(view, settings.blur) if settings.blur > 0 else view
+    if settings.blur > 0:
+        view = _blur(view, settings.blur)
+    if settings.invert > 0:
+        view = torch.where(_chance(view, settings.invert)[:, None, None, None], 1 - view, view)
+    return view
 
 
 def to_grey(images: Tensor) -> Tensor:

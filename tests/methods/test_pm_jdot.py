@@ -137,7 +137,7 @@ def test_default_is_the_paper() -> None:
 def test_presets_share_all_but_sizes() -> None:
     for name in ("small", "tiny"):
         config, paper = PMJDOT.preset(name), PMJDOTConfig()
-        for field in ("alpha", "beta", "mu", "nu", "temperature", "assign_epsilon", "variant", "head"):
+        for field in ("alpha", "beta", "mu", "nu", "temperature", "assign_epsilon", "variant"):
             assert getattr(config, field) == getattr(paper, field), field
     with pytest.raises(ValueError, match="preset must be one of"):
         PMJDOT.preset("large")
@@ -623,6 +623,15 @@ def test_embed_takes_colour_of_any_size() -> None:
         method.embed((images * 255).byte())
     with pytest.raises(ValueError, match=r"images must have shape \[B, 3, H, W\]"):
         method.embed(images[:, :1])
+
+
+def test_standardised_images_differ_in_neither_brightness_nor_contrast() -> None:
+    images = torch.rand(3, 3, 32, 32) * 0.5
+    method = make(standardise=True).eval()
+    torch.testing.assert_close(method.embed(images), method.embed(images * 1.5 + 0.2), atol=1e-3, rtol=0)
+    plain = make().eval()
+    assert (plain.embed(images) - plain.embed(images * 1.5 + 0.2)).abs().max() > 1e-2
+    assert torch.isfinite(method.embed(torch.ones(1, 3, 32, 32))).all()  # a blank image
 
 
 def test_pictures_are_rows_of_colour() -> None:

@@ -120,6 +120,15 @@ def test_jitter_turns_the_hue_and_leaves_grey_grey() -> None:
     assert -0.18 < min(hues) < -0.07  # up to 0.1 of a turn in YIQ, whose angles are not HSV's
 
 
+def test_negatives() -> None:
+    images = noise(100)
+    view = random_view(images, 24, settings(invert=0.5))
+    same = (view - images).abs().amax(dim=(1, 2, 3)) < 1e-4
+    negative = (view - (1 - images)).abs().amax(dim=(1, 2, 3)) < 1e-4
+    assert torch.equal(same, ~negative)
+    assert 30 < same.sum() < 70
+
+
 def test_blur_keeps_the_mean_and_takes_away_detail() -> None:
     images = noise(60, 64)
     view = random_view(images, 64, settings(blur=1.0))
