@@ -400,7 +400,7 @@ class PMJDOT(Method):
                 standardise=True,
                 prototypes=32,
                 kmeans=False,
-                freeze_prototypes=500,
+                freeze_prototypes=1250,
                 queue_size=512,
                 bank_size=512,
             )

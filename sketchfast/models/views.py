@@ -59,8 +59,8 @@ def random_view(images: Tensor, size: int, settings: ViewSettings, colour: Tenso
     bilinearly, so H and W should not be far above `size`; a flip with probability `flip`; with probability
     0.8 brightness, contrast and saturation by factors in 1 +- 0.8 `jitter` and a turn of the hue by up to
     0.2 `jitter` of the circle, in YIQ; grey with probability `grey`; a Gaussian blur with probability
-    `blur`, sigma uniform from 0.1 to 2 pixels of a 224-pixel image; and, which SwAV has not, its negative with
-    probability `invert`. `colour [B]` bool says which images colour and grey apply to, None all.
+    `blur`, sigma uniform from 0.1 to 2 pixels of a 224-pixel image; and, which SwAV has not, its negative
+    with probability `invert`. `colour [B]` bool says which images colour and grey apply to, None all.
     """
     if images.dtype == torch.uint8:
         images = images.float() / 255
