@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -333,11 +334,28 @@ def _evaluate(run: Path, name: str, data: DataSpec, flags: dict[str, Any], accel
         "step": step,
         "data": {"name": data.name, "root": None if data.root is None else str(data.root)},
         "flags": flags,
-        "tables": [dataclasses.asdict(table) for table in tables],
+        "tables": [
+            dataclasses.asdict(table) | {"pictures": _write_pictures(run, f"{name}-{data.name}", table)}
+            for table in tables
+        ],
     }
     update_results(run, "evaluations", stored)
     write_report(run)
     return tables
+
+
+def _write_pictures(run: Path, stem: str, table: Table) -> dict[str, str]:
+    """A table's pictures as files of the run folder; caption -> path in it."""
+    from .runs import write_whole
+
+    written: dict[str, str] = {}
+    for caption, png in table.pictures.items():
+        words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")
+        path = Path("pictures") / f"{stem}-{words}.png"
+        (run / path).parent.mkdir(exist_ok=True)
+        write_whole(run / path, lambda file, png=png: file.write(png))  # type: ignore[misc]
+        written[caption] = path.as_posix()
+    return written
 
 
 def _device(accelerator: str) -> Any:
@@ -396,6 +414,23 @@ def load_ink(path: Path, size: int) -> Tensor:
     return torch.from_numpy(np.asarray(scaled, dtype=np.float32) / 255)[None]
 
 
+def load_rgb(path: Path, size: int) -> Tensor:
+    """An image file as RGB [3, size, size] in [0, 1], stretched to a square as the data readers do.
+
+    Transparency is white paper. OSError for a file that is no readable image.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        picture = ImageOps.exif_transpose(image).convert("RGBA")
+    paper = Image.new("RGBA", picture.size, "white")
+    colour = Image.alpha_composite(paper, picture).convert("RGB")
+    pixels = np.asarray(colour.resize((size, size), Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
 def _image_size(method: Method) -> int:
     return int(getattr(method.config, "image_size", 224))
 
@@ -434,6 +469,7 @@ def embed_command(args: Sequence[str]) -> int:
     paths = _find_images(words[1:])
     method = load_method(Path(words[0]))[0].to(_device(flags.device.accelerator))
     device, size = next(method.parameters()).device, _image_size(method)
+    load = load_rgb if method.takes_colour else load_ink
     names: list[str] = []
     parts: list[Any] = []
     skipped: list[Path] = []
@@ -441,7 +477,7 @@ def embed_command(args: Sequence[str]) -> int:
         images = []
         for path in paths[start : start + flags.embed.batch_size]:
             try:
-                images.append(load_ink(path, size))
+                images.append(load(path, size))
                 names.append(str(path))
             except (OSError, ValueError, SyntaxError) as error:  # Pillow raises all three for broken files
                 print(f"skipped {path}: {error}", file=sys.stderr)
@@ -465,7 +501,8 @@ def _leading_words(args: Sequence[str]) -> list[str]:
 
 
 def draw_command(args: Sequence[str]) -> int:
-    from .runs import load_method
+    from .methods.base import Method
+    from .runs import load_method, read_run
 
     prog = "sketchfast draw"
     words = [] if _wants_help(args) else _positionals(args, ("RUN", "IMAGE"), prog)
@@ -480,6 +517,8 @@ def draw_command(args: Sequence[str]) -> int:
     method = load_method(run)[0].to(_device(flags.device.accelerator))
     size = _image_size(method)
     ink = load_ink(image, size)[None].to(next(method.parameters()).device)
+    if type(method).draw is Method.draw:
+        raise UsageError(f"RUN must be of a method that draws, got one of {read_run(run)['method']}")
     sketch = method.draw(ink, temperature=flags.draw.temperature, seed=flags.draw.seed)[0]
     out = flags.draw.out or Path(f"{image.stem}-drawn.svg")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ def write_report(run: Path) -> Path:
         subtitle=f"preset {settings['preset']}, seed {settings['run']['seed']}, run folder {run.name}, "
         f"report of {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
         facts=_facts(settings, training),
-        evaluations=[_evaluation(name, value) for name, value in results.get("evaluations", {}).items()],
+        evaluations=[_evaluation(run, name, value) for name, value in results.get("evaluations", {}).items()],
         pictures=[(int(p.stem.split("-")[-1]), _data_url(p.read_bytes())) for p in _chosen_pictures(run)],
         curves=_data_url(plot_curves(steps, metrics)) if len(steps) else None,
         settings=_settings(settings),
@@ -122,20 +122,22 @@ def _facts(settings: Mapping[str, Any], training: Mapping[str, Any]) -> list[tup
     return [*facts, (f"{settings.get('parameters', 0):,}", "parameters", False)]
 
 
-def _evaluation(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+def _evaluation(run: Path, name: str, value: Mapping[str, Any]) -> dict[str, Any]:
     flags = ", ".join(f"{k} {v}" for k, v in value.get("flags", {}).items())
     data = value["data"]["name"] + (f" in {value['data']['root']}" if value["data"].get("root") else "")
     about = f"checkpoint of step {value['step']:,}, data {data}" + (f", {flags}" if flags else "")
-    return {"name": name, "about": about, "tables": [_table(table) for table in value["tables"]]}
+    return {"name": name, "about": about, "tables": [_table(run, table) for table in value["tables"]]}
 
 
-def _table(table: Mapping[str, Any]) -> dict[str, Any]:
+def _table(run: Path, table: Mapping[str, Any]) -> dict[str, Any]:
     columns = table_columns(table["rows"])
     numeric = {
         c for c in columns if all(isinstance(r.get(c), (int, float, type(None))) for r in table["rows"])
     }
     rows = [[(c, format_cell(row.get(c))) for c in columns] for row in table["rows"]]
-    return {**table, "columns": columns, "numeric": numeric, "rows": rows}
+    files = {caption: run / path for caption, path in table.get("pictures", {}).items()}
+    pictures = {caption: _data_url(file.read_bytes()) for caption, file in files.items() if file.is_file()}
+    return {**table, "columns": columns, "numeric": numeric, "rows": rows, "pictures": pictures}
 
 
 def table_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,6 +58,8 @@ class Table:
     title: str
     rows: list[dict[str, Any]]
     note: str = ""
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    """caption -> PNG, written into the run folder and shown under the table"""
 
 
 def _own_rows(rows: Tensor) -> Tensor:
@@ -72,6 +74,8 @@ class Method(nn.Module):
     """
 
     Config: ClassVar[type[TrainConfig]]
+    #: `embed` takes RGB images as they are, sketches dark on white; else ink alone, ink = 1
+    takes_colour: ClassVar[bool] = False
     #: protocol name -> function(method, untrained, data, **flags) -> tables; `untrained` has the same
     #: config and fresh weights, so that each table carries its own baseline
     protocols: ClassVar[dict[str, Callable[..., list[Table]]]] = {}
@@ -109,7 +113,7 @@ class Method(nn.Module):
         return {}
 
     def embed(self, images: Tensor) -> Tensor:
-        """Embeddings [B, D] of images [B, C, H, W] in [0, 1], ink = 1."""
+        """Embeddings [B, D] of images in [0, 1]: ink [B, C, H, W], or RGB [B, 3, H, W] if `takes_colour`."""
         raise NotImplementedError
 
     def draw(self, images: Tensor, *, temperature: float = 0.0, seed: int = 0) -> list[Any]:
