@@ -385,7 +385,7 @@ class PMJDOT(Method):
             # of such features nearly coincide, and SwAV alone would first of all cluster by domain: random
             # prototypes, frozen at first, batch norm before the projection, and the alignment from the start.
             return PMJDOTConfig(
-                steps=2500,
+                steps=4000,
                 batch_size=64,
                 learning_rate=0.1,
                 backbone="test_resnet",
@@ -400,7 +400,7 @@ class PMJDOT(Method):
                 standardise=True,
                 prototypes=32,
                 kmeans=False,
-                freeze_prototypes=1250,
+                freeze_prototypes=2000,
                 queue_size=512,
                 bank_size=512,
             )
