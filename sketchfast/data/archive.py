@@ -132,9 +132,14 @@ def existing_path(root: str | Path) -> Path:
     return path
 
 
-def open_tree(root: str | Path) -> Tree:
-    """The files of a folder, of a `.zip`, or a single file by itself."""
+def open_tree(root: str | Path, *, into_archive: bool = False) -> Tree:
+    """The files of a folder, of a `.zip`, or a single file by itself.
+
+    into_archive: a folder that holds one `.zip` and nothing else stands for that archive.
+    """
     path = existing_path(root)
     if path.is_dir():
-        return FolderTree(path)
+        tree = FolderTree(path)
+        only = path / tree.names[0] if len(tree.names) == 1 else path
+        return ZipTree(only) if into_archive and only.suffix.lower() == ".zip" else tree
     return ZipTree(path) if path.suffix.lower() == ".zip" else SingleFileTree(path)

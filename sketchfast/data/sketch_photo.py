@@ -31,7 +31,7 @@ PAIRS_FILE = "sketchy_pairs.json"
 EXPECTED = f"""  <root>/sketch/<class>/<name>.png
   <root>/photo/<class>/<name>.jpg
   <root>/{PAIRS_FILE}                  optional
-  or a .zip of these"""
+  or a .zip of these, or a folder that holds that zip alone"""
 _DOMAINS = {"sketches": "sketch", "photos": "photo"}
 
 
@@ -58,7 +58,7 @@ def read_sketch_photo(
 ) -> SketchPhotoSet:
     """`load_sketch_photo` from the files. folder: where the images are written to, see `read_images`."""
     path, size = existing_path(root), check_integer("size", size, 1)
-    with open_tree(path) as tree:
+    with open_tree(path, into_archive=True) as tree:
         found = {domain: find_images(tree, name) for domain, name in _DOMAINS.items()}
         if not all(files for files, _ in found.values()):
             raise layout_error(path, EXPECTED, tree.names)

@@ -82,7 +82,7 @@ def read_sketchy(
     if not isinstance(transform, str) or not transform.startswith("tx_"):
         raise ValueError(f"transform must be the name of a folder tx_..., got {transform!r}")
     expected = (EXPECTED_EXTENDED if extended else EXPECTED).replace(TRANSFORM, transform)
-    with open_tree(path) as tree:
+    with open_tree(path, into_archive=True) as tree:
         sketches, sketch_junk = find_images(tree, "sketch", transform)
         photos, photo_junk = find_images(tree, "photo", transform)
         more, more_junk = find_images(tree, EXTENSION) if extended else ([], {})
@@ -139,7 +139,7 @@ def load_sketchy_strokes(
     Raises FileNotFoundError, LayoutError (a ValueError) with the expected tree.
     """
     path = existing_path(root)
-    with open_tree(path) as tree:
+    with open_tree(path, into_archive=True) as tree:
         there = list(inside(tree, "sketches"))
         files = [(path, f"{name}/{file[:-4]}") for path, name, file in there if file.endswith(".svg")]
         if not files:

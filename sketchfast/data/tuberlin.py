@@ -86,7 +86,7 @@ def read_tuberlin(
 ) -> ImageSet:
     """`load_tuberlin` from the files. folder: where the images are written to, see `read_images`."""
     path, size = existing_path(root), check_integer("size", size, 1)
-    with open_tree(path) as tree:
+    with open_tree(path, into_archive=True) as tree:
         found = _find_sketches(tree, form)
         if not found.files:
             raise layout_error(path, EXPECTED, tree.names)
@@ -127,7 +127,7 @@ def read_tuberlin_extended(
 ) -> SketchPhotoSet:
     """`load_tuberlin_extended` from the files. folder: where images are written to, see `read_images`."""
     path, size = existing_path(root), check_integer("size", size, 1)
-    with open_tree(path) as tree:
+    with open_tree(path, into_archive=True) as tree:
         found = _find_sketches(tree, form)
         photo_files, photo_junk = find_images(tree, PHOTOS)
         photo_files = _normal(photo_files)
@@ -220,7 +220,7 @@ def load_tuberlin_strokes(root: str | Path, *, spacing: float = 4.0, progress: b
     Raises FileNotFoundError, LayoutError (a ValueError) with the expected tree.
     """
     path = existing_path(root)
-    with open_tree(path) as tree:
+    with open_tree(path, into_archive=True) as tree:
         files = _find_sketches(tree, "svg").files
         if not files:
             raise layout_error(path, EXPECTED_SVG, tree.names)

@@ -473,3 +473,25 @@ def test_procedural_pairs_refuse_what_cannot_be():
     ]:
         with pytest.raises(ValueError, match=next(iter(keywords))):
             procedural_sketch_photo(1, **{"classes": CLASSES[:1], "size": 8, **keywords})
+
+
+def test_a_folder_that_holds_one_zip_stands_for_it(tmp_path):
+    from zipfile import ZipFile
+
+    from PIL import Image
+
+    for domain in ("sketch", "photo"):
+        folder = tmp_path / "files" / domain / "dog"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (250, 10, 10)).save(folder / "a.png")
+    archive = tmp_path / "archive" / "images.zip"
+    archive.parent.mkdir()
+    with ZipFile(archive, "w") as file:
+        for path in sorted((tmp_path / "files").rglob("*.png")):
+            file.write(path, path.relative_to(tmp_path / "files"))
+    for root in (archive, archive.parent):
+        found = load_sketch_photo(root, size=8)
+        assert (len(found.sketches), len(found.photos)) == (1, 1)
+    (archive.parent / "other.txt").write_text("no longer alone")
+    with pytest.raises(ValueError, match="Expected"):
+        load_sketch_photo(archive.parent, size=8)
