@@ -6,6 +6,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -23,6 +25,24 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
+
+// Subnormal results cost a hundred cycles each and weigh nothing here. Inputs stay as they are:
+// half precision is widened through subnormal numbers.
+class FlushSubnormals {
+ public:
+#if defined(__SSE2__)
+  FlushSubnormals() : before_(__builtin_ia32_stmxcsr()) {
+    __builtin_ia32_ldmxcsr(before_ | 0x8000);
+  }
+  ~FlushSubnormals() { __builtin_ia32_ldmxcsr(before_); }
+
+ private:
+  unsigned before_;
+#else
+  FlushSubnormals() {}
+  ~FlushSubnormals() {}
+#endif
+};
 
 typedef float FloatV __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Int32V __attribute__((vector_size(kVectorBytes)));
@@ -79,6 +99,20 @@ SKETCHFAST_INLINE void store_first(float* to, FloatV v, int64_t count) {
 #endif
 }
 
+// The first `count` lanes, 0 in the others.
+SKETCHFAST_INLINE DoubleV load_first(const double* from, int64_t count) {
+#if defined(SKETCHFAST_ISA_avx512)
+  return (DoubleV)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), from);
+#elif defined(SKETCHFAST_ISA_avx2)
+  const Int64V lane = {0, 1, 2, 3};
+  return (DoubleV)_mm256_maskload_pd(from, reinterpret_cast<__m256i>(lane < count));
+#else
+  DoubleV v = {};
+  for (int64_t i = 0; i < count; ++i) v[i] = from[i];
+  return v;
+#endif
+}
+
 // In double, halves added onto halves: the order is fixed and the chain of additions short.
 template <typename V>
 SKETCHFAST_INLINE double sum_of_lanes(V v) {
@@ -91,6 +125,66 @@ SKETCHFAST_INLINE double sum_of_lanes(V v) {
 #pragma GCC unroll 8
     for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
   return sums[0];
+}
+
+// Lane t is lane `from[t]` of a and b, one after the other.
+template <int... from, typename V>
+SKETCHFAST_INLINE V shuffle(V a, V b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, from...);
+#else
+  typedef std::conditional_t<sizeof(a[0]) == 8, Int64V, Int32V> Index;
+  return __builtin_shuffle(a, b, Index{from...});
+#endif
+}
+
+// Lanes of two vectors to add: of every `block` lanes, the first of each pair of blocks (or the
+// second), a's pairs and b's taking turns.
+template <int block, bool second, typename V, int... t>
+SKETCHFAST_INLINE V take_blocks(V a, V b, std::integer_sequence<int, t...>) {
+  constexpr int lanes = sizeof...(t);
+  return shuffle<((t / block) % 2 * lanes + ((t / block) / 2 * 2 + second) * block + t % block)...>(
+      a, b);
+}
+
+template <int block, int lanes, typename V>
+SKETCHFAST_INLINE V fold_rows(V* r) {
+  if constexpr (block < lanes) {
+    constexpr auto all = std::make_integer_sequence<int, lanes>();
+#pragma GCC unroll 8
+    for (int i = 0; i < lanes / (2 * block); ++i)
+      r[i] = take_blocks<block, false>(r[2 * i], r[2 * i + 1], all) +
+             take_blocks<block, true>(r[2 * i], r[2 * i + 1], all);
+    return fold_rows<2 * block, lanes>(r);
+  } else {
+    return r[0];
+  }
+}
+
+// Of two rows `block` apart in a block of 2 * block by 2 * block: the first (or second) row of its
+// transpose by quarters.
+template <int block, bool second, typename V, int... t>
+SKETCHFAST_INLINE V swap_quarters(V a, V b, std::integer_sequence<int, t...>) {
+  constexpr int lanes = sizeof...(t);
+  return shuffle<(t & block ? lanes + t - (second ? 0 : block) : t + (second ? block : 0))...>(a,
+                                                                                               b);
+}
+
+// Lane t of row r becomes lane r of row t, for as many rows as there are lanes.
+template <int block = 1, typename V>
+SKETCHFAST_INLINE void transpose(V* rows) {
+  constexpr int lanes = sizeof(V) / sizeof(rows[0][0]);
+  if constexpr (block < lanes) {
+    constexpr auto all = std::make_integer_sequence<int, lanes>();
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes; ++r) {
+      if (r & block) continue;
+      const V a = rows[r], b = rows[r + block];
+      rows[r] = swap_quarters<block, false>(a, b, all);
+      rows[r + block] = swap_quarters<block, true>(a, b, all);
+    }
+    transpose<2 * block>(rows);
+  }
 }
 
 // e^x to 1 ulp or so. Cody and Waite's reduction to |r| <= ln(2)/2, then the series; x is clamped

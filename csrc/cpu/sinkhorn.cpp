@@ -7,15 +7,15 @@
 // iteration. Squared distances of points are formed tile by tile in every pass and never held.
 // What goes out of the scales' bounds is done again in log form from the cost (../sinkhorn_math.h).
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
-#include <new>
 #include <type_traits>
 #include <utility>
 
 #include "../sinkhorn_math.h"
 #include "elements.h"
 #include "isa.h"
+#include "memory.h"
+#include "team.h"
 
 namespace sketchfast {
 namespace sinkhorn_cpu {
@@ -56,12 +56,6 @@ struct UnrolledGrads {
   void* grad_cost;  // dtype of the cost
   void *grad_a, *grad_b;
 };
-// One chunk of work a member; `run` is null where the caller works alone.
-struct Team {
-  int64_t size;
-  void (*run)(int64_t size, void (*work)(void*, int64_t), void* context);
-};
-
 // What one instruction set offers.
 struct Kernels {
   // Problems begin..end, by a team that shares each problem.
@@ -90,32 +84,14 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // A tile this large still lies in the nearest cache beside the row sums.
 constexpr int64_t kTileBytes = 40 << 10;
 
-// Subnormal results cost a hundred cycles each and weigh nothing here. Inputs stay as they are:
-// half precision is widened through subnormal numbers.
-class FlushSubnormals {
- public:
-#if defined(__SSE2__)
-  FlushSubnormals() : before_(__builtin_ia32_stmxcsr()) {
-    __builtin_ia32_ldmxcsr(before_ | 0x8000);
-  }
-  ~FlushSubnormals() { __builtin_ia32_ldmxcsr(before_); }
-
- private:
-  unsigned before_;
-#else
-  FlushSubnormals() {}
-  ~FlushSubnormals() {}
-#endif
-};
-
 // --- vectors -----------------------------------------------------------------------------------
 
 template <typename real>
 using Vec = typename Simd<real>::V;
 
-// Half as many floats as a vector holds, in double and back; GCC's own conversion takes twice the
-// instructions.
-SKETCHFAST_INLINE DoubleV widen_half(const float* from) {
+// Half as many floats as a vector holds, in double (doubles as they are), and back; GCC's own
+// conversion takes twice the instructions.
+SKETCHFAST_INLINE DoubleV widen(const float* from) {
 #if defined(SKETCHFAST_ISA_avx512)
   return (DoubleV)_mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(from));
 #elif defined(SKETCHFAST_ISA_avx2)
@@ -126,6 +102,7 @@ SKETCHFAST_INLINE DoubleV widen_half(const float* from) {
   return v;
 #endif
 }
+SKETCHFAST_INLINE DoubleV widen(const double* from) { return load<DoubleV>(from); }
 SKETCHFAST_INLINE FloatV narrow_halves(DoubleV low, DoubleV high) {
 #if defined(SKETCHFAST_ISA_avx512)
   const __m256 halves[2] = {_mm512_maskz_cvtpd_ps(0xff, (__m512d)low),
@@ -148,8 +125,8 @@ SKETCHFAST_INLINE FloatV narrow_halves(DoubleV low, DoubleV high) {
 SKETCHFAST_INLINE FloatV exponent(double base, const double* added, const float* c,
                                   double inverse) {
   constexpr int half = kLanes<double>;
-  const DoubleV low = (base + load<DoubleV>(added)) - widen_half(c) * inverse;
-  const DoubleV high = (base + load<DoubleV>(added + half)) - widen_half(c + half) * inverse;
+  const DoubleV low = (base + load<DoubleV>(added)) - widen(c) * inverse;
+  const DoubleV high = (base + load<DoubleV>(added + half)) - widen(c + half) * inverse;
   return narrow_halves(low, high);
 }
 SKETCHFAST_INLINE DoubleV exponent(double base, const double* added, const double* c,
@@ -173,36 +150,6 @@ SKETCHFAST_INLINE bool any_lane(I mask) {
   return any != 0;
 }
 
-// Lanes of two vectors to add: of every `block` lanes, the first of each pair of blocks (or the
-// second), a's pairs and b's taking turns.
-template <int block, bool second, typename V, int... t>
-SKETCHFAST_INLINE V take_blocks(V a, V b, std::integer_sequence<int, t...>) {
-  constexpr int lanes = sizeof...(t);
-#define SKETCHFAST_TAKEN_LANE \
-  ((t / block) % 2 * lanes + ((t / block) / 2 * 2 + second) * block + t % block)...
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, SKETCHFAST_TAKEN_LANE);
-#else
-  typedef std::conditional_t<sizeof(a[0]) == 8, Int64V, Int32V> Index;
-  return __builtin_shuffle(a, b, Index{SKETCHFAST_TAKEN_LANE});
-#endif
-#undef SKETCHFAST_TAKEN_LANE
-}
-
-template <int block, int lanes, typename V>
-SKETCHFAST_INLINE V fold_rows(V* r) {
-  if constexpr (block < lanes) {
-    constexpr auto all = std::make_integer_sequence<int, lanes>();
-#pragma GCC unroll 8
-    for (int i = 0; i < lanes / (2 * block); ++i)
-      r[i] = take_blocks<block, false>(r[2 * i], r[2 * i + 1], all) +
-             take_blocks<block, true>(r[2 * i], r[2 * i + 1], all);
-    return fold_rows<2 * block, lanes>(r);
-  } else {
-    return r[0];
-  }
-}
-
 // Lane r is the sum of the lanes of row r, for as many rows as there are lanes: neighbours are
 // added first, a fixed order.
 template <typename real>
@@ -214,39 +161,7 @@ SKETCHFAST_INLINE Vec<real> sums_of_rows(const real* rows) {
   return fold_rows<1, lanes>(r);
 }
 
-// Not std::fill: an instance of it merged by the linker could be another instruction set's.
-template <typename T>
-SKETCHFAST_INLINE void fill(T* to, int64_t count, T value) {
-  for (int64_t i = 0; i < count; ++i) to[i] = value;
-}
-
 // --- one problem -------------------------------------------------------------------------------
-
-// Memory of one solver, taken at once.
-class Arena {
- public:
-  explicit Arena(int64_t bytes)
-      : data_(static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64))) {
-    if (!data_) throw std::bad_alloc();
-  }
-  ~Arena() { std::free(data_); }
-  Arena(const Arena&) = delete;
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* taken = reinterpret_cast<T*>(data_ + used_);
-    used_ += bytes_of<T>(count);
-    return taken;
-  }
-  template <typename T>
-  static int64_t bytes_of(int64_t count) {
-    return (count * int64_t(sizeof(T)) + 63) / 64 * 64;
-  }
-
- private:
-  char* data_;
-  int64_t used_ = 0;
-};
 
 // The sizes that follow from a problem's: `width` columns a tile, `slots` workers.
 template <typename real>
@@ -380,14 +295,7 @@ class Solver {
 
   template <typename Work>
   void for_slots(Work work) {
-    if (to_.slots == 1) return work(0);
-    team_.run(
-        to_.slots,
-        [](void* context, int64_t slot) {
-          FlushSubnormals flush;
-          (*static_cast<Work*>(context))(slot);
-        },
-        &work);
+    for_members(team_, to_.slots, work);
   }
   int64_t first_tile(int64_t slot) const { return slot * to_.tiles / to_.slots; }
 
@@ -985,7 +893,6 @@ void adjoint_block(const Batch& batch, const double* phi, const double* gamma,
                    double* column_rhs, int64_t index) {
   constexpr int lanes = kLanes<real>;
   constexpr int64_t most = kAdjointColumns;
-  using V = Vec<real>;
   const int64_t rows = batch.rows, columns = batch.columns;
   const int64_t blocks = (columns + most - 1) / most, problem = index / blocks;
   const int64_t first = index % blocks * most, count = std::min(most, columns - first);
@@ -1000,22 +907,25 @@ void adjoint_block(const Batch& batch, const double* phi, const double* gamma,
     const int64_t at = (problem * rows + i) * columns + first;
     load_row<real>(batch.costs.matrix, batch.costs.dtype, at, count, padded, real(kInfinity), cost);
     if (grad_plan) load_row<real>(grad_plan, grad_dtype, at, count, padded, real(0), upstream);
-    double part = 0;
+    DoubleV part = {};
     for (int64_t j = 0; j < padded; j += lanes) {
-      const V p = flushed_exponential<real>(
-          exponent(phi[problem * rows + i], potential + j, cost + j, inverse));
-      for (int t = 0; t < lanes && j + t < count; ++t) plan[at + j + t] = double(p[t]);
-      if (!grad_plan) continue;
-      double w[lanes];
-      for (int t = 0; t < lanes; ++t) {
-        w[t] = p[t] == 0 ? 0.0 : double(p[t]) * double(upstream[j + t]) * inverse;
-        sums[j + t] += w[t];
+      real p[lanes];
+      store(p, flushed_exponential<real>(
+                   exponent(phi[problem * rows + i], potential + j, cost + j, inverse)));
+      for (int t = 0; t < lanes; t += kLanes<double>) {
+        const DoubleV wide = widen(p + t);
+        if (j + lanes <= count)
+          store(plan + at + j + t, wide);
+        else
+          for (int64_t k = 0; k < std::min<int64_t>(kLanes<double>, count - j - t); ++k)
+            plan[at + j + t + k] = wide[k];
+        if (!grad_plan) continue;
+        const DoubleV w = select(wide == 0.0, DoubleV{}, wide * widen(upstream + j + t) * inverse);
+        store(sums + j + t, load<DoubleV>(sums + j + t) + w);
+        part += w;
       }
-      DoubleV half = {};
-      for (int t = 0; t < lanes; t += kLanes<double>) half += load<DoubleV>(w + t);
-      part += sum_of_lanes(half);
     }
-    row_parts[index * rows + i] = part;
+    row_parts[index * rows + i] = sum_of_lanes(part);
   }
   std::memcpy(column_rhs + problem * columns + first, sums, count * sizeof(double));
 }
@@ -1226,13 +1136,13 @@ extern const Kernels SKETCHFAST_KERNELS_OF(SKETCHFAST_ISA) = {
 #if defined(SKETCHFAST_ISA_baseline)
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <string>
 #include <tuple>
 
 #include "../check.h"
 #include "dtype_of.h"
+#include "share.h"
 
 namespace sketchfast {
 namespace sinkhorn_cpu {
@@ -1264,27 +1174,11 @@ void check_optional(const char* name, const OptionalTensor& tensor, ScalarType d
 
 // --- how work is shared ---
 
-// A problem of fewer entries than this is over before a second thread has begun.
-constexpr int64_t kSharedEntries = 1 << 15;
-
-// The one rule: problems go a thread each where there are enough of them or each is small; else
-// the threads share each problem's tiles, one problem after another.
 void solve_batch(const Batch& batch, const Results& results) {
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t entries = batch.rows * batch.columns;
-  if (threads > 1 && batch.count < 2 * threads && entries >= kSharedEntries) {
-    const Team team{threads, [](int64_t size, void (*work)(void*, int64_t), void* context) {
-                      torch::stable::parallel_for(0, size, 1, [&](int64_t begin, int64_t end) {
-                        for (int64_t member = begin; member < end; ++member) work(context, member);
-                      });
-                    }};
-    kernels().solve(batch, results, 0, batch.count, team);
-    return;
-  }
-  const int64_t grain = std::max<int64_t>(1, kSharedEntries / std::max<int64_t>(1, entries));
-  torch::stable::parallel_for(0, batch.count, grain, [&](int64_t begin, int64_t end) {
-    kernels().solve(batch, results, begin, end, Team{1, nullptr});
-  });
+  share_problems(batch.count, batch.rows * batch.columns,
+                 [&](int64_t begin, int64_t end, const Team& team) {
+                   kernels().solve(batch, results, begin, end, team);
+                 });
 }
 
 template <typename Work>

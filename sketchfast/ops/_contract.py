@@ -120,15 +120,16 @@ def define(
     *,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[[str], Callable[..., Any]] | None = None,
+    impls: tuple[str, ...] = ("native", "triton"),
 ) -> None:
-    """Registers the ops `sketchfast::<name>_native` and `sketchfast::<name>_triton`.
+    """Registers the ops `sketchfast::<name>_native` and `sketchfast::<name>_triton`, or those of `impls` alone.
 
     Native kernels attach themselves when their library is loaded; the Triton one is `<name>` of
     `sketchfast.kernels.triton.<module>`, imported at its first call. `fake(impl)` and `backward(impl)` give
     the fake and the backward formula of that impl; the formula is once differentiable. Without one, the op is
     an end of differentiation.
     """
-    for impl in ("native", "triton"):
+    for impl in impls:
         qualified = f"sketchfast::{name}_{impl}"
         _library.define(f"{name}_{impl}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(qualified, fake(impl), lib=_library)
@@ -136,9 +137,10 @@ def define(
             torch.library.register_autograd(
                 qualified, _once_differentiable(backward(impl)), setup_context=setup_context, lib=_library
             )
-    launcher = _lazy_triton(module, name)
-    _library.impl(f"{name}_triton", launcher, "CUDA")
-    _library.impl(f"{name}_triton", launcher, "CPU")
+    if "triton" in impls:
+        launcher = _lazy_triton(module, name)
+        _library.impl(f"{name}_triton", launcher, "CUDA")
+        _library.impl(f"{name}_triton", launcher, "CPU")
 
 
 def define_shared(name: str, signature: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -25,6 +25,7 @@ from . import _contract as contract
 
 GRADS = ("implicit", "unrolled", "none")
 NO_TOLERANCE = -1.0  # no error is below it
+NATIVE_SCHUR_SIZE = 512
 
 
 class SinkhornOutput(NamedTuple):
@@ -106,6 +107,13 @@ def _backward_sinkhorn(impl: str):
     return backward
 
 
+def _schur_op(impl: str, plan: Tensor) -> Any:
+    # The one rule: beyond this small side the library's blocked, threaded factorisation wins over our own.
+    if impl == "native" and plan.device.type == "cpu" and min(plan.shape[1:]) <= NATIVE_SCHUR_SIZE:
+        return torch.ops.sketchfast.sinkhorn_schur_native
+    return torch.ops.sketchfast.sinkhorn_schur
+
+
 def _implicit_backward(
     impl: str,
     grad_plan: Tensor | None,
@@ -127,7 +135,7 @@ def _implicit_backward(
         right = reference.adjoint_sums(plan, epsilon, grad_plan, grad_f, grad_g)
     else:
         plan, *right = _op("sinkhorn_adjoint", impl)(grad_plan, grad_f, grad_g, cost, epsilon, phi, gamma)
-    lam, mu, grad_a, grad_b = torch.ops.sketchfast.sinkhorn_schur(plan, *right, gamma, epsilon)
+    lam, mu, grad_a, grad_b = _schur_op(impl, plan)(plan, *right, gamma, epsilon)
     if impl == "reference":
         return reference.cost_gradient(plan, epsilon, grad_plan, lam, mu), grad_a, grad_b
     grad_cost = _op("sinkhorn_cost_gradient", impl)(grad_plan, plan, epsilon, lam, mu, cost.dtype)
@@ -190,16 +198,19 @@ def _solve_schur(
     return tuple(x.contiguous() for x in reference.implicit_solve(plan, row_rhs, column_rhs, gamma, epsilon))
 
 
-# One op for every impl: batched products and a Cholesky factorisation are the library's work.
-contract.define_shared(
-    "sinkhorn_schur",
+_SCHUR_SIGNATURE = (
     "(Tensor plan, Tensor row_rhs, Tensor column_rhs, Tensor gamma, Tensor epsilon)"
-    " -> (Tensor lam, Tensor mu, Tensor grad_a, Tensor grad_b)",
-    _solve_schur,
-    lambda plan, row_rhs, column_rhs, gamma, epsilon: tuple(
-        torch.empty_like(x) for x in (row_rhs, column_rhs, row_rhs, column_rhs)
-    ),
+    " -> (Tensor lam, Tensor mu, Tensor grad_a, Tensor grad_b)"
 )
+
+
+def _fake_schur(plan, row_rhs, column_rhs, gamma, epsilon):
+    return tuple(torch.empty_like(x) for x in (row_rhs, column_rhs, row_rhs, column_rhs))
+
+
+# The library's batched products and Cholesky factorisation, for every impl; one of our own for the CPU.
+contract.define_shared("sinkhorn_schur", _SCHUR_SIGNATURE, _solve_schur, _fake_schur)
+contract.define("sinkhorn", "sinkhorn_schur", _SCHUR_SIGNATURE, lambda impl: _fake_schur, impls=("native",))
 
 
 # --- the value ----------------------------------------------------------------------------------------------
