@@ -24,7 +24,7 @@ namespace sinkhorn_cpu {
 struct Costs {
   const void* matrix;  // null: squared distances
   Dtype dtype;
-  int64_t problem_stride, row_stride, column_stride;  // in elements
+  int64_t problem_stride, row_stride, column_stride;  // in elements; one of rows, columns is 1
   double sign;
   const void *x, *y;  // [N, rows, d], [N, columns, d], in the compute type
   int64_t dimensions;
@@ -60,7 +60,7 @@ struct UnrolledGrads {
 struct Kernels {
   // Problems begin..end, by a team that shares each problem.
   void (*solve)(const Batch&, const Results&, int64_t begin, int64_t end, Team);
-  void (*unrolled_backward)(const Batch&, const UnrolledGrads&, int64_t begin, int64_t end);
+  void (*unrolled_backward)(const Batch&, const UnrolledGrads&, int64_t begin, int64_t end, Team);
   // Columns of blocks begin..end of the plan and right-hand sides (blocks of kAdjointColumns).
   void (*adjoint)(const Batch&, const double* phi, const double* gamma, const void* grad_plan,
                   Dtype grad_dtype, double* plan, double* row_parts, double* column_rhs,
@@ -218,6 +218,7 @@ class Solver {
         parts_(arena_.take<real>(to_.slots * to_.padded_rows * lanes)),
         largest_(arena_.take<real>(to_.slots * to_.padded_rows * lanes)),
         flagged_(arena_.take<int64_t>(to_.slots * 8)),
+        line_(arena_.take<real>(to_.slots * to_.padded_rows)),
         scratch_(arena_.take<real>(to_.slots * to_.rows * to_.width)),
         y_(arena_.take<real>(to_.slots * to_.dimensions * to_.width)) {
     fill(zeros_, to_.width, 0.0);
@@ -228,7 +229,7 @@ class Solver {
 
   void solve(int64_t problem, const Results& results) {
     start(problem);
-    iterate();
+    iterate(batch_.max_iter, batch_.tol, [](int64_t) {});
     write(results);
   }
 
@@ -241,7 +242,8 @@ class Solver {
     return reals(to.kernel_size()) + 4 * reals(to.padded_rows) + 3 * reals(to.padded_columns) +
            3 * doubles(to.padded_rows) + doubles(to.padded_columns) + doubles(to.width) +
            2 * reals(to.slots * to.padded_rows * lanes) + doubles(to.slots * 8) +
-           reals(to.slots * to.rows * to.width) + reals(to.slots * to.dimensions * to.width);
+           reals(to.slots * to.padded_rows) + reals(to.slots * to.rows * to.width) +
+           reals(to.slots * to.dimensions * to.width);
   }
 
   double epsilon() const {
@@ -271,13 +273,16 @@ class Solver {
     }
   }
 
-  void iterate() {
+  // `visit(n)` after iteration n.
+  template <typename Visit>
+  void iterate(int64_t max_iter, double tol, Visit visit) {
     first_rows();
     for (iterations_ = 0;; ++iterations_) {
+      if (iterations_ > 0) visit(iterations_);
       add_parts();
-      if (iterations_ > 0 && (batch_.tol >= 0 || iterations_ == batch_.max_iter)) {
+      if (iterations_ > 0 && (tol >= 0 || iterations_ == max_iter)) {
         error_ = row_error();
-        if (error_ < batch_.tol || iterations_ == batch_.max_iter) return;
+        if (error_ < tol || iterations_ == max_iter) return;
       }
       if (next_scales()) {
         std::swap(u_, next_u_);
@@ -339,11 +344,13 @@ class Solver {
       fill(row + count, to_.width - count, real(kInfinity));
     }
     if (costs.column_stride == 1) return;
-    for (int64_t j = 0; j < count; ++j)
-      for (int64_t i = 0; i < to_.rows; ++i)
-        to[i * to_.width + j] =
-            real(costs.sign * element(costs.matrix, costs.dtype,
-                                      origin + j * costs.column_stride + i * costs.row_stride));
+    // A column lies in one piece (row_stride is 1): whole columns are read, and spread over the
+    // rows.
+    real* column = line_ + slot * to_.padded_rows;
+    for (int64_t j = 0; j < count; ++j) {
+      load_elements(costs.matrix, costs.dtype, origin + j * costs.column_stride, column, to_.rows);
+      for (int64_t i = 0; i < to_.rows; ++i) to[i * to_.width + j] = real(costs.sign) * column[i];
+    }
   }
 
   void load_distances(int64_t tile, int64_t slot, real* to) {
@@ -570,6 +577,7 @@ class Solver {
       }
   }
 
+  static constexpr double kLogScaleLimit = 13.86;  // log(kScaleLimit), 2^20
   static constexpr int64_t kRowBlock = 128;  // sums stay short: float adds its own rounding each
 
   template <int Q>
@@ -698,7 +706,7 @@ class Solver {
     absorb_columns();
     std::memcpy(results.phi + problem_ * to_.rows, phi_, to_.rows * sizeof(double));
     std::memcpy(results.gamma + problem_ * to_.columns, gamma_, to_.columns * sizeof(double));
-    const double shift = gauge();
+    const double shift = gauge(gamma_);
     real* f = static_cast<real*>(results.f) + problem_ * to_.rows;
     real* g = static_cast<real*>(results.g) + problem_ * to_.columns;
     double value = 0;
@@ -715,11 +723,11 @@ class Solver {
     if (results.value) static_cast<real*>(results.value)[problem_] = real(value);
   }
 
-  double gauge() const {
+  double gauge(const double* gamma) const {
     double weighted = 0, mass = 0;
     for (int64_t j = 0; j < to_.columns; ++j)
-      if (gamma_[j] != -kInfinity) {
-        weighted += double(b_[j]) * gamma_[j];
+      if (gamma[j] != -kInfinity) {
+        weighted += double(b_[j]) * gamma[j];
         mass += double(b_[j]);
       }
     return mass > 0 ? weighted / mass : 0;
@@ -729,26 +737,88 @@ class Solver {
     const int64_t origin = problem_ * results.plan_problem_stride;
     const real scale = real(results.plan_scale);
     for_slots([&](int64_t slot) {
-      real* row = scratch_ + slot * to_.rows * to_.width;
+      real *plan = scratch_ + slot * to_.rows * to_.width, *line = line_ + slot * to_.padded_rows;
       for_tiles(slot, [&](int64_t tile) {
-        const int64_t first = tile * to_.width;
+        const int64_t first = tile * to_.width, at = origin + first * results.plan_column_stride;
         const int64_t count = std::min(to_.width, to_.columns - first);
         for (int64_t i = 0; i < to_.rows; ++i) {
           const real* kernel = kernel_of(tile, slot) + i * to_.width;
+          real* row = plan + i * to_.width;
           for (int64_t j = 0; j < to_.width; j += lanes)
             store(row + j, load<V>(kernel + j) * (u_[i] * scale) * load<V>(v_ + first + j));
-          const int64_t at =
-              origin + i * results.plan_row_stride + first * results.plan_column_stride;
-          if (results.plan_column_stride == 1) {
-            store_elements(results.plan, results.plan_dtype, at, row, count);
-          } else {
-            for (int64_t j = 0; j < count; ++j)
-              store_elements(results.plan, results.plan_dtype, at + j * results.plan_column_stride,
-                             row + j, 1);
-          }
+          if (results.plan_column_stride == 1)
+            store_elements(results.plan, results.plan_dtype, at + i * results.plan_row_stride, row,
+                           count);
+        }
+        for (int64_t j = 0; results.plan_column_stride != 1 && j < count; ++j) {
+          for (int64_t i = 0; i < to_.rows; ++i) line[i] = plan[i * to_.width + j];
+          store_elements(results.plan, results.plan_dtype, at + j * results.plan_column_stride,
+                         line, to_.rows);
         }
       });
     });
+  }
+
+  // Scales u, v such that the plan of the potentials given is u K~ v: from K~ as it is, or, where
+  // they would leave their bounds, from K~ formed again with the potentials absorbed.
+  void represent(const double* phi, const double* gamma) {
+    if (scales_of(phi, phi_, to_.rows, u_) && scales_of(gamma, gamma_, to_.columns, v_)) return;
+    std::memcpy(phi_, phi, to_.rows * sizeof(double));
+    std::memcpy(gamma_, gamma, to_.columns * sizeof(double));
+    fill(u_, to_.rows, real(1));
+    fill(v_, to_.columns, real(1));
+    for_slots([&](int64_t slot) {
+      with_width([&](auto vectors) {
+        constexpr int Q = decltype(vectors)::value;
+        for_tiles(slot, [&](int64_t tile) { form_kernel<Q>(tile, slot); });
+      });
+    });
+  }
+
+  static bool scales_of(const double* potential, const double* absorbed, int64_t count, real* to) {
+    bool within = true;
+    for (int64_t i = 0; i < count; ++i) {
+      const double gap = absorbed[i] == -kInfinity ? 0.0 : potential[i] - absorbed[i];
+      within = within && gap < kLogScaleLimit && gap > -kLogScaleLimit;
+      to[i] = real(__builtin_exp(gap));
+    }
+    return within;
+  }
+
+  // Over the entries p of the plan u K~ v: w = weight(p, i, j, slope of the entry), a vector of
+  // columns from j on; sign times the sums of w over rows and over columns are added to what is
+  // given (null: not wanted).
+  template <typename Weight>
+  void over_plan(real* slope, double sign, double* row_sums, double* column_sums, Weight weight) {
+    for_slots([&](int64_t slot) {
+      with_width([&](auto vectors) {
+        constexpr int Q = decltype(vectors)::value;
+        real* parts = parts_of(slot);
+        fill(parts, to_.rows * lanes, real(0));
+        for_tiles(slot, [&](int64_t tile) {
+          const int64_t first = tile * to_.width;
+          const real* kernel = kernel_of(tile, slot);
+          V columns[Q] = {};
+          for (int64_t i = 0; i < to_.rows; ++i) {
+            V row = {};
+            for (int q = 0; q < Q; ++q) {
+              const int64_t entry = (i * Q + q) * lanes, j = first + q * lanes;
+              const V p = load<V>(kernel + entry) * u_[i] * load<V>(v_ + j);
+              const V w = weight(p, i, j, slope + tile * to_.rows * to_.width + entry);
+              row += w;
+              columns[q] += w;
+            }
+            store(parts + i * lanes, load<V>(parts + i * lanes) + row);
+          }
+          for (int q = 0; column_sums && q < Q; ++q)
+            for (int t = 0; t < lanes; ++t)
+              column_sums[first + q * lanes + t] += sign * double(columns[q][t]);
+        });
+      });
+    });
+    for (int64_t slot = 0; row_sums && slot < to_.slots; ++slot)
+      for (int64_t i = 0; i < to_.rows; ++i)
+        row_sums[i] += sign * sum_of_lanes(load<V>(parts_of(slot) + i * lanes));
   }
 
   const Batch& batch_;
@@ -761,7 +831,7 @@ class Solver {
   double *phi_, *row_max_, *minus_max_, *gamma_, *zeros_;
   real *parts_, *largest_;  // [slots][padded_rows][lanes]
   int64_t* flagged_;        // a cache line each
-  real *scratch_, *y_;
+  real *line_, *scratch_, *y_;
   int64_t problem_ = 0, iterations_ = 0;
   double inverse_ = 0, error_ = 0;
   bool infeasible_ = false;
@@ -789,12 +859,16 @@ void Solver<real>::unrolled_backward(int64_t problem, const UnrolledGrads& grads
   real* weight_b = history.take<real>(to_.padded_columns);
   real* slope = history.take<real>(to_.tiles * rows * width);
   std::memcpy(gammas, gamma_, to_.padded_columns * sizeof(double));
-  for (int64_t n = 0; n < steps; ++n) {
-    log_rows();
-    log_columns();
-    std::memcpy(phis + n * to_.padded_rows, phi_, rows * sizeof(double));
-    std::memcpy(gammas + (n + 1) * to_.padded_columns, gamma_, to_.padded_columns * sizeof(double));
-  }
+  iterate(steps, -1.0, [&](int64_t n) {
+    double *phi = phis + (n - 1) * to_.padded_rows, *gamma = gammas + n * to_.padded_columns;
+    for (int64_t i = 0; i < rows; ++i) phi[i] = phi_[i] + __builtin_log(double(u_[i]));
+    for (int64_t j = 0; j < columns; ++j)
+      gamma[j] = gamma_[j] == -kInfinity || live_b_[j] == 0
+                     ? -kInfinity
+                     : gamma_[j] + __builtin_log(double(v_[j]));
+  });
+  const double* last_phi = phis + (steps - 1) * to_.padded_rows;
+  const double* last_gamma = gammas + steps * to_.padded_columns;
   real* grad_a = static_cast<real*>(grads.grad_a) + problem * rows;
   real* grad_b = static_cast<real*>(grads.grad_b) + problem * columns;
   const real* grad_f = static_cast<const real*>(grads.grad_f);
@@ -805,47 +879,33 @@ void Solver<real>::unrolled_backward(int64_t problem, const UnrolledGrads& grads
   fill(weight_a, to_.padded_rows, real(0));
   fill(weight_b, to_.padded_columns, real(0));
 
-  // The plan of a tile into scratch_, from potentials; `work(entry, i, j)` on its vectors.
-  const auto over_plan = [&](const double* phi, const double* gamma, auto work) {
-    for (int64_t tile = 0; tile < to_.tiles; ++tile) {
-      load_costs(tile, 0, scratch_);
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < width; j += lanes) {
-          const real* cost = scratch_ + i * width + j;
-          const V p =
-              flushed_exponential<real>(exponent(phi[i], gamma + tile * width + j, cost, inverse_));
-          work(p, i, tile * width + j, slope + (tile * rows + i) * width + j);
-        }
-    }
-  };
-
   // The outputs' own gradients: plan, f, g, and the gauge that shifts f and g.
   double excess = 0, mass = 0;
   for (int64_t i = 0; grad_f && i < rows; ++i)
-    if (phi_[i] != -kInfinity) excess += lam[i] = grad_f[problem * rows + i];
+    if (last_phi[i] != -kInfinity) excess += lam[i] = grad_f[problem * rows + i];
   for (int64_t j = 0; j < columns; ++j) {
-    if (gamma_[j] == -kInfinity) continue;
+    if (last_gamma[j] == -kInfinity) continue;
     mass += double(b_[j]);
     if (grad_g) excess -= mu[j] = grad_g[problem * columns + j];
   }
-  const double shift = gauge();
+  const double shift = gauge(last_gamma);
   for (int64_t j = 0; j < columns; ++j) {
-    const bool live = gamma_[j] != -kInfinity && mass > 0;
-    grad_b[j] = live ? real(excess / mass * epsilon() * (gamma_[j] - shift)) : real(0);
+    const bool live = last_gamma[j] != -kInfinity && mass > 0;
+    grad_b[j] = live ? real(excess / mass * epsilon() * (last_gamma[j] - shift)) : real(0);
     if (live) mu[j] += excess * double(b_[j]) / mass;
   }
   fill(grad_a, rows, real(0));
   if (grads.grad_plan) {
-    real upstream[lanes];
-    over_plan(phi_, gamma_, [&](V p, int64_t i, int64_t j, real* to) {
+    represent(last_phi, last_gamma);
+    over_plan(slope, 1.0, lam, mu, [&](V p, int64_t i, int64_t j, real* to) {
+      real upstream[lanes];
       fill(upstream, lanes, real(0));
       if (j < columns)
         load_elements(grads.grad_plan, grads.plan_dtype, (problem * rows + i) * columns + j,
                       upstream, std::min<int64_t>(lanes, columns - j));
       const V w = select(p == real(0), V{}, p * load<V>(upstream) * real(inverse_));
-      store(to, load<V>(to) - w);
-      lam[i] += sum_of_lanes(w);
-      for (int t = 0; t < lanes; ++t) mu[j + t] += w[t];
+      store(to, -w);
+      return w;
     });
   }
   for (int64_t n = steps; n-- > 0;) {
@@ -855,10 +915,11 @@ void Solver<real>::unrolled_backward(int64_t problem, const UnrolledGrads& grads
       weight_b[j] = after[j] == -kInfinity ? real(0) : real(mu[j] / double(b_[j]));
       grad_b[j] += real(epsilon()) * weight_b[j];
     }
-    over_plan(phi, after, [&](V p, int64_t i, int64_t j, real* to) {
+    represent(phi, after);
+    over_plan(slope, -1.0, lam, nullptr, [&](V p, int64_t, int64_t j, real* to) {
       const V w = p * load<V>(weight_b + j);
       store(to, load<V>(to) + w);
-      lam[i] -= sum_of_lanes(w);
+      return w;
     });
     for (int64_t i = 0; i < rows; ++i) {
       weight_a[i] = phi[i] == -kInfinity ? real(0) : real(lam[i] / double(a_[i]));
@@ -866,10 +927,11 @@ void Solver<real>::unrolled_backward(int64_t problem, const UnrolledGrads& grads
     }
     fill(mu, to_.padded_columns, 0.0);
     fill(lam, to_.padded_rows, 0.0);
-    over_plan(phi, before, [&](V p, int64_t i, int64_t j, real* to) {
+    represent(phi, before);
+    over_plan(slope, -1.0, nullptr, mu, [&](V p, int64_t i, int64_t, real* to) {
       const V w = p * weight_a[i];
       store(to, load<V>(to) + w);
-      for (int t = 0; t < lanes; ++t) mu[j + t] -= w[t];
+      return w;
     });
   }
   for (int64_t tile = 0; tile < to_.tiles; ++tile)
@@ -1113,10 +1175,11 @@ void solve(const Batch& batch, const Results& results, int64_t begin, int64_t en
   batch.is_double ? run(double()) : run(float());
 }
 
-void unrolled_backward(const Batch& batch, const UnrolledGrads& grads, int64_t begin, int64_t end) {
+void unrolled_backward(const Batch& batch, const UnrolledGrads& grads, int64_t begin, int64_t end,
+                       Team team) {
   FlushSubnormals flush;
   const auto run = [&](auto real) {
-    Solver<decltype(real)> solver(batch, Team{1, nullptr});
+    Solver<decltype(real)> solver(batch, team);
     for (int64_t problem = begin; problem < end; ++problem)
       solver.unrolled_backward(problem, grads);
   };
@@ -1429,8 +1492,8 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn_unrolled_bwd(OptionalTensor grad_pla
                             grad_cost.mutable_data_ptr(),
                             grad_a.mutable_data_ptr(),
                             grad_b.mutable_data_ptr()};
-  over_rows(count, rows * columns, [&](int64_t begin, int64_t end) {
-    kernels().unrolled_backward(batch, grads, begin, end);
+  share_problems(count, rows * columns, [&](int64_t begin, int64_t end, const Team& team) {
+    kernels().unrolled_backward(batch, grads, begin, end, team);
   });
   return {grad_cost, grad_a, grad_b};
 }
