@@ -1428,13 +1428,14 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn_adjoint(OptionalTensor grad_plan, Op
                                                   to_parts, to_columns, begin, end);
                               });
   const auto add = [&](const OptionalTensor& grad, const Tensor& potential, double* to) {
-    for (int64_t i = 0; i < potential.numel(); ++i) {
-      if (doubles(potential)[i] - doubles(potential)[i] != 0)
+    const double* scaled = doubles(potential);
+    const void* upstream = data_or_null(grad);
+    const Dtype dtype = dtype_of("grad", compute_type(cost));
+    for (int64_t i = 0, size = potential.numel(); i < size; ++i) {
+      if (scaled[i] - scaled[i] != 0)
         to[i] = 0;
-      else if (grad)
-        to[i] += compute_type(cost) == ScalarType::Double
-                     ? doubles(*grad)[i]
-                     : double(static_cast<const float*>(grad->const_data_ptr())[i]);
+      else if (upstream)
+        to[i] += element(upstream, dtype, i);
     }
   };
   for (int64_t n = 0; n < count; ++n)

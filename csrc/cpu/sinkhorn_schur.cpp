@@ -37,19 +37,16 @@ extern const Kernels baseline_kernels, avx2_kernels, avx512_kernels;
 inline namespace SKETCHFAST_ISA {
 
 constexpr double kRidge = 1e-12;  // RIDGE of the reference
-constexpr int kLanesD = kLanes<double>;
-constexpr int kVectors = 2;                 // a row of a panel
-constexpr int kPanel = kVectors * kLanesD;  // columns of a panel
-constexpr int kBlock =
-    kVectorBytes == 64 ? 8 : 4;  // rows: sums of a block by a panel fill registers
+constexpr int kDoubles = kLanes<double>;
+constexpr int kVectors = 2;                  // a row of a panel
+constexpr int kPanel = kVectors * kDoubles;  // columns of a panel
+// Rows of a block: its sums by a panel lie in registers.
+constexpr int kBlock = kVectorBytes == 64 ? 8 : 4;
 constexpr int64_t kChunk = 128;  // two panels of so many rows lie in the nearest cache
 
 using V = DoubleV;
 
-template <typename T>
-SKETCHFAST_INLINE double reciprocal_or_zero(T x) {
-  return x > 0 ? 1 / x : 0;
-}
+SKETCHFAST_INLINE double reciprocal_or_zero(double x) { return x > 0 ? 1 / x : 0; }
 SKETCHFAST_INLINE double finite_or_zero(double x) { return x - x == 0 ? x : 0; }
 
 // A matrix of `rows` rows in panels.
@@ -65,11 +62,11 @@ SKETCHFAST_INLINE void add_product(const double* left, const double* right, int6
 #pragma GCC unroll 8
   for (int i = 0; i < kBlock; ++i)
 #pragma GCC unroll 2
-    for (int q = 0; q < kVectors; ++q) sum[i][q] = load<V>(to + i * kPanel + q * kLanesD);
+    for (int q = 0; q < kVectors; ++q) sum[i][q] = load<V>(to + i * kPanel + q * kDoubles);
   for (int64_t k = 0; k < depth; ++k) {
     V row[kVectors];
 #pragma GCC unroll 2
-    for (int q = 0; q < kVectors; ++q) row[q] = load<V>(right + k * kPanel + q * kLanesD);
+    for (int q = 0; q < kVectors; ++q) row[q] = load<V>(right + k * kPanel + q * kDoubles);
 #pragma GCC unroll 8
     for (int i = 0; i < kBlock; ++i) {
       const double factor = left[k * kPanel + i];
@@ -81,7 +78,7 @@ SKETCHFAST_INLINE void add_product(const double* left, const double* right, int6
 #pragma GCC unroll 8
   for (int i = 0; i < kBlock; ++i)
 #pragma GCC unroll 2
-    for (int q = 0; q < kVectors; ++q) store(to + i * kPanel + q * kLanesD, sum[i][q]);
+    for (int q = 0; q < kVectors; ++q) store(to + i * kPanel + q * kDoubles, sum[i][q]);
 }
 
 // A symmetric matrix in panels, upper part and diagonal panels valid, that becomes its factor U,
@@ -138,7 +135,7 @@ class Cholesky {
 #pragma GCC unroll 8
     for (int m = 0; m < kBlock; ++m)
 #pragma GCC unroll 2
-      for (int q = 0; q < kVectors; ++q) x[m][q] = load<V>(rows + m * kPanel + q * kLanesD);
+      for (int q = 0; q < kVectors; ++q) x[m][q] = load<V>(rows + m * kPanel + q * kDoubles);
 #pragma GCC unroll 8
     for (int m = 0; m < kBlock; ++m)
 #pragma GCC unroll 2
@@ -146,7 +143,7 @@ class Cholesky {
         x[m][q] *= per_diagonal[m];
 #pragma GCC unroll 8
         for (int i = m + 1; i < kBlock; ++i) x[i][q] -= u[m][i] * x[m][q];
-        store(rows + m * kPanel + q * kLanesD, x[m][q]);
+        store(rows + m * kPanel + q * kDoubles, x[m][q]);
       }
   }
 
@@ -160,11 +157,11 @@ class Cholesky {
     }
     for (int64_t p = first / kPanel; p < panels_; ++p)
       for (int q = 0; q < kVectors; ++q) {
-        const double* rows = panel(p) + first * kPanel + q * kLanesD;
-        V rest = load<V>(b + p * kPanel + q * kLanesD);
+        const double* rows = panel(p) + first * kPanel + q * kDoubles;
+        V rest = load<V>(b + p * kPanel + q * kDoubles);
 #pragma GCC unroll 8
         for (int m = 0; m < kBlock; ++m) rest -= load<V>(rows + m * kPanel) * y[m];
-        store(b + p * kPanel + q * kLanesD, rest);
+        store(b + p * kPanel + q * kDoubles, rest);
       }
     std::memcpy(b + first, y, sizeof(y));
   }
@@ -174,15 +171,15 @@ class Cholesky {
     V sums[kBlock] = {};
     for (int64_t p = first / kPanel; p < panels_; ++p)
       for (int q = 0; q < kVectors; ++q) {
-        const double* rows = panel(p) + first * kPanel + q * kLanesD;
-        const V known = load<V>(x + p * kPanel + q * kLanesD);
+        const double* rows = panel(p) + first * kPanel + q * kDoubles;
+        const V known = load<V>(x + p * kPanel + q * kDoubles);
 #pragma GCC unroll 8
         for (int m = 0; m < kBlock; ++m) sums[m] += load<V>(rows + m * kPanel) * known;
       }
     double rest[kBlock];
 #pragma GCC unroll 8
-    for (int m = 0; m < kBlock; m += kLanesD)
-      store(rest + m, load<V>(y + first + m) - fold_rows<1, kLanesD>(sums + m));
+    for (int m = 0; m < kBlock; m += kDoubles)
+      store(rest + m, load<V>(y + first + m) - fold_rows<1, kDoubles>(sums + m));
     for (int m = kBlock - 1; m >= 0; --m) {
       for (int i = m + 1; i < kBlock; ++i) rest[m] -= at(first + m, first)[i] * x[first + i];
       x[first + m] = rest[m] * per_diagonal_[first + m];
@@ -319,14 +316,14 @@ class Solver {
     for (int64_t k = 0; k < count; ++k)
 #pragma GCC unroll 2
       for (int q = 0; q < kVectors; ++q) {
-        double* entry = panel + k * kPanel + q * kLanesD;
+        double* entry = panel + k * kPanel + q * kDoubles;
         const V p = load<V>(entry), scaled = p * per_root[k];
         sum[q] += p;
         positive[q] -= p > 0.0;
         of_rhs[q] += scaled * weight[k];
         store(entry, scaled);
       }
-    for (int q = 0; q < kVectors; ++q, to += kLanesD) {
+    for (int q = 0; q < kVectors; ++q, to += kDoubles) {
       store(small_ + to, load<V>(small_ + to) + sum[q]);
       store(of_rhs_ + to, load<V>(of_rhs_ + to) + of_rhs[q]);
       store(positive_ + to, load<Int64V>(positive_ + to) + positive[q]);
@@ -338,42 +335,42 @@ class Solver {
     double* large = large_ + first;
     fill(large, count, 0.0);
     fill(large + count, kChunk - count, 0.0);
-    for (int64_t i = 0; i < to_.padded; i += kLanesD) {
+    for (int64_t i = 0; i < to_.padded; i += kDoubles) {
       const double* from = plan_ + i * to_.large + first;
-      for (int64_t k = 0; k < count; k += kLanesD) {
-        V rows[kLanesD];
-        if (i + kLanesD <= to_.small && k + kLanesD <= count) {
+      for (int64_t k = 0; k < count; k += kDoubles) {
+        V rows[kDoubles];
+        if (i + kDoubles <= to_.small && k + kDoubles <= count) {
 #pragma GCC unroll 8
-          for (int r = 0; r < kLanesD; ++r) rows[r] = load<V>(from + r * to_.large + k);
+          for (int r = 0; r < kDoubles; ++r) rows[r] = load<V>(from + r * to_.large + k);
         } else {
-          const int64_t filled = std::min<int64_t>(kLanesD, count - k);
-          for (int r = 0; r < kLanesD; ++r)
+          const int64_t filled = std::min<int64_t>(kDoubles, count - k);
+          for (int r = 0; r < kDoubles; ++r)
             rows[r] = i + r < to_.small ? load_first(from + r * to_.large + k, filled) : V{};
         }
         V sum = rows[0];
 #pragma GCC unroll 8
-        for (int r = 1; r < kLanesD; ++r) sum += rows[r];
+        for (int r = 1; r < kDoubles; ++r) sum += rows[r];
         store(large + k, load<V>(large + k) + sum);
         transpose(rows);
         double* to = chunk + in_panels(k, i, kChunk);
 #pragma GCC unroll 8
-        for (int r = 0; r < kLanesD; ++r) store(to + r * kPanel, rows[r]);
+        for (int r = 0; r < kDoubles; ++r) store(to + r * kPanel, rows[r]);
       }
     }
   }
   void load_tall(int64_t first, int64_t count, double* chunk) {
-    for (int64_t k = 0; k < kChunk; k += kLanesD) {
-      V sums[kLanesD] = {};
-      for (int r = 0; r < kLanesD && k + r < count; ++r) {
+    for (int64_t k = 0; k < kChunk; k += kDoubles) {
+      V sums[kDoubles] = {};
+      for (int r = 0; r < kDoubles && k + r < count; ++r) {
         const double* from = plan_ + (first + k + r) * to_.small;
-        for (int64_t i = 0; i < to_.padded; i += kLanesD) {
+        for (int64_t i = 0; i < to_.padded; i += kDoubles) {
           const int64_t left = std::max<int64_t>(0, to_.small - i);
-          const V p = left >= kLanesD ? load<V>(from + i) : load_first(from + i, left);
+          const V p = left >= kDoubles ? load<V>(from + i) : load_first(from + i, left);
           sums[r] += p;
           store(chunk + in_panels(k + r, i, kChunk), p);
         }
       }
-      store(large_ + first + k, fold_rows<1, kLanesD>(sums));
+      store(large_ + first + k, fold_rows<1, kDoubles>(sums));
     }
   }
 
@@ -468,7 +465,7 @@ class Solver {
       const double shared = root_[i] * reciprocal_or_zero(component_[of_small_[i]].mass);
       const double minus_scale = -per_root_[i];
       const Int64V number = Int64V{} + of_small_[i];
-      for (int64_t j = i / kPanel * kPanel; j < to_.padded; j += kLanesD) {
+      for (int64_t j = i / kPanel * kPanel; j < to_.padded; j += kDoubles) {
         double* entry = product_ + in_panels(i, j, to_.padded);
         const V same = select(load<Int64V>(of_small_ + j) == number, load<V>(root_ + j), V{});
         store(entry, shared * same + (minus_scale * load<V>(per_root_ + j)) * load<V>(entry));
@@ -563,17 +560,17 @@ class Solver {
       for (int64_t k = 0; k < count; ++k) seen[k] += x_[i] * plan_[i * to_.large + first + k];
   }
   void apply_tall(int64_t first, int64_t count, double* seen) const {
-    for (int64_t k = 0; k < count; k += kLanesD) {
-      V sums[kLanesD] = {};
-      for (int r = 0; r < kLanesD && k + r < count; ++r) {
+    for (int64_t k = 0; k < count; k += kDoubles) {
+      V sums[kDoubles] = {};
+      for (int r = 0; r < kDoubles && k + r < count; ++r) {
         const double* row = plan_ + (first + k + r) * to_.small;
-        for (int64_t i = 0; i < to_.small; i += kLanesD) {
+        for (int64_t i = 0; i < to_.small; i += kDoubles) {
           const int64_t left = to_.small - i;
-          const V p = left >= kLanesD ? load<V>(row + i) : load_first(row + i, left);
+          const V p = left >= kDoubles ? load<V>(row + i) : load_first(row + i, left);
           sums[r] += p * load<V>(x_ + i);
         }
       }
-      store(seen + k, fold_rows<1, kLanesD>(sums));
+      store(seen + k, fold_rows<1, kDoubles>(sums));
     }
   }
 

@@ -122,7 +122,7 @@ def define(
     backward: Callable[[str], Callable[..., Any]] | None = None,
     impls: tuple[str, ...] = ("native", "triton"),
 ) -> None:
-    """Registers the ops `sketchfast::<name>_native` and `sketchfast::<name>_triton`, or those of `impls` alone.
+    """Registers the ops `sketchfast::<name>_native` and `sketchfast::<name>_triton`, or one of them.
 
     Native kernels attach themselves when their library is loaded; the Triton one is `<name>` of
     `sketchfast.kernels.triton.<module>`, imported at its first call. `fake(impl)` and `backward(impl)` give

@@ -105,3 +105,6 @@ def test_sinkhorn_checks_what_guards_memory():
         torch.ops.sketchfast.sinkhorn_points_fwd_native(
             torch.rand(2, 3, 3), torch.rand(2, 4, 2), epsilon, None, None, 5, -1.0
         )
+    rows, columns = (torch.rand(2, n, dtype=torch.float64) for n in (3, 4))
+    with pytest.raises(RuntimeError, match=r"gamma must have shape \[2, 4\], got \[2, 3\]"):
+        torch.ops.sketchfast.sinkhorn_schur_native(cost.double(), rows, columns, rows, epsilon)

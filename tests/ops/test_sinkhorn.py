@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import sketchfast as sf
 from sketchfast.kernels.reference import sinkhorn as reference
+from sketchfast.ops import sinkhorn as ops_sinkhorn
 from sketchfast.testing import (
     assert_same_bits,
     assert_within_budget,
@@ -24,6 +25,7 @@ CASES = [(device, impl) for device in devices() for impl in available_impls(devi
 KERNELS = [case for case in CASES if case[1] != "reference"]
 impls = pytest.mark.parametrize(("device", "impl"), CASES)
 kernels = pytest.mark.parametrize(("device", "impl"), KERNELS)
+native_cpu = pytest.mark.parametrize(("device", "impl"), [c for c in KERNELS if c == ("cpu", "native")])
 
 SHAPES = [  # problems, rows, columns
     (3, 5, 7),
@@ -462,6 +464,55 @@ def test_implicit_gradient_of_a_plan_in_components(device, impl):
     assert (to_cost[0, 2:, :3] == 0).all()
 
 
+def adjoint_system(count, rows, columns, holes, components):
+    """(plan, row_rhs, column_rhs, gamma, epsilon); a share `holes` of the pairs at 0, an empty line."""
+    generator = torch.Generator().manual_seed(rows + columns)
+
+    def draw(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    plan = torch.where(draw(count, rows, columns) < holes, 0.0, draw(count, rows, columns) + 0.01)
+    apart = torch.arange(rows)[:, None] % components != torch.arange(columns) % components
+    plan = plan.masked_fill(apart, 0.0)
+    if min(rows, columns) > 2:
+        plan[:, 1] = plan[:, :, 2] = 0
+    gamma = torch.where(plan.sum(1) > 0, draw(count, columns) - 0.5, -INFINITY)
+    return plan, draw(count, rows) - 0.5, draw(count, columns) - 0.5, gamma, draw(count) + 0.1
+
+
+@native_cpu
+@pytest.mark.parametrize(("holes", "components"), [(0, 1), (0.3, 1), (0, 3), (0.97, 1)])
+@pytest.mark.parametrize(
+    "shape", [(3, 5, 7), (1, 1, 1), (2, 1, 9), (2, 17, 150), (2, 64, 64), (1, 70, 515), (0, 4, 5)], ids=str
+)
+def test_adjoint_solve_matches_reference(device, impl, shape, holes, components):
+    count, small, large = shape
+    for rows, columns in ((small, large), (large, small)):
+        system = adjoint_system(count, rows, columns, holes, components)
+        got = torch.ops.sketchfast.sinkhorn_schur_native(*system)
+        for mine, theirs in zip(got, reference.implicit_solve(*system), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+@native_cpu
+def test_adjoint_solve_of_nan_and_of_nothing(device, impl):
+    plan, *rest = adjoint_system(4, 6, 9, 0.5, 1)
+    plan[0, 3, 4] = math.nan
+    plan[1], plan[2, :, 3:] = 0, 0
+    got = torch.ops.sketchfast.sinkhorn_schur_native(plan, *rest)
+    assert torch.isnan(got[0][0]).any()
+    assert all((x[1] == 0).all() for x in got)
+    assert all(torch.isfinite(x[1:]).all() for x in got)
+
+
+def test_adjoint_solve_of_a_very_large_plan_is_left_to_the_library():
+    most = ops_sinkhorn.NATIVE_SCHUR_SIZE
+    library, own = (torch.zeros(()).expand(1, most + 9, n) for n in (most + 1, most))
+    assert ops_sinkhorn._schur_op("native", library) is torch.ops.sketchfast.sinkhorn_schur
+    assert ops_sinkhorn._schur_op("native", own) is torch.ops.sketchfast.sinkhorn_schur_native
+    assert ops_sinkhorn._schur_op("reference", own) is torch.ops.sketchfast.sinkhorn_schur
+
+
 @impls
 def test_gradients_at_a_small_epsilon_are_finite(device, impl):
     """Most entries underflow: the plan falls apart into components, and nothing divides by zero."""
@@ -735,17 +786,29 @@ def test_bits_repeat(device, impl):
 @pytest.mark.skipif("native" not in available_impls("cpu"), reason="the CPU library was not built")
 def test_bits_repeat_with_threads_that_share_a_problem():
     cost, a, b = problem(2, 125, 600)
+
+    def everything():
+        out = sf.sinkhorn(cost, 0.02, a=a, b=b, max_iter=40, impl="native")
+        wide, tall = (
+            torch.ops.sketchfast.sinkhorn_schur_native(*adjoint_system(1, *shape, 0.3, 1))
+            for shape in ((125, 600), (600, 125))
+        )
+        return [out.plan, out.g, *wide, *tall]
+
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        outs = [sf.sinkhorn(cost, 0.02, a=a, b=b, max_iter=40, impl="native") for _ in range(3)]
+        runs = [everything() for _ in range(3)]
+        torch.set_num_threads(1)
+        alone = everything()
     finally:
         torch.set_num_threads(before)
-    for out in outs[1:]:
-        assert_same_bits(out.plan, outs[0].plan)
-        assert_same_bits(out.g, outs[0].g)
-    alone = sf.sinkhorn(cost, 0.02, a=a, b=b, max_iter=40, impl="native")
-    torch.testing.assert_close(alone.plan, outs[0].plan, rtol=1e-4, atol=1e-8)
+    for run in runs[1:]:
+        for first, again in zip(runs[0], run, strict=True):
+            assert_same_bits(first, again)
+    torch.testing.assert_close(alone[0], runs[0][0], rtol=1e-4, atol=1e-8)
+    for mine, shared in zip(alone[2:], runs[0][2:], strict=True):
+        torch.testing.assert_close(mine, shared, rtol=1e-10, atol=1e-12)
 
 
 @impls
@@ -812,6 +875,8 @@ def test_opcheck(device, impl):
     opcheck(getattr(ops, f"sinkhorn_value_bwd_{impl}"), (grad, cost, epsilon, phi, gamma))
     opcheck(getattr(ops, f"sinkhorn_points_bwd_{impl}"), (grad, x.detach(), y, epsilon, phi, gamma))
     opcheck(ops.sinkhorn_schur, (plan.double(), phi, gamma, gamma, epsilon))
+    if (device, impl) == ("cpu", "native"):
+        opcheck(ops.sinkhorn_schur_native, (plan.double(), phi, gamma, gamma, epsilon))
 
 
 @impls
