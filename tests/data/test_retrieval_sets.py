@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +241,17 @@ def test_sketchy_strokes(tmp_path):
         valid = load_sketchy_strokes(root, valid_only=True)
         assert valid.labels.tolist() == [0, 1]
         assert valid.skipped == {"broken svg": 1, "marked invalid": 1}
+
+
+def test_a_damaged_list_of_invalid_strokes_is_counted(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("sketches/ape/n1_1-1.svg", SVG)
+        archive.writestr("sketches/ape/invalid.txt", "n1_1-1 to be damaged")
+    path.write_bytes(path.read_bytes().replace(b"to be damaged", b"was damaged..", 1))
+    data = load_sketchy_strokes(path)
+    assert len(data) == 1
+    assert data.skipped == {"broken invalid.txt": 1}
 
 
 # ---- TU-Berlin ---------------------------------------------------------------------------------------------
