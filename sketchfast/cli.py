@@ -225,6 +225,10 @@ def _data_spec(options: DataOptions) -> DataSpec:
 
     if options.root is not None and not options.root.exists():
         raise UsageError(f"root must be a folder or file that exists, got {options.root}")
+    if options.root is not None and options.data == "procedural":
+        raise UsageError(
+            f"root must be left out with data procedural, got {options.root}; --data names others"
+        )
     return DataSpec(options.data, options.root)
 
 
@@ -379,7 +383,7 @@ def _print_tables(tables: Iterable[Table]) -> None:
         shown = RichTable(title=table.title, title_justify="left")
         columns = table_columns(table.rows)
         for column in columns:
-            numeric = all(isinstance(row.get(column), (int, float)) for row in table.rows)
+            numeric = all(isinstance(row.get(column), (int, float, type(None))) for row in table.rows)
             shown.add_column(column, justify="right" if numeric else "left", overflow="fold")
         for row in table.rows:
             shown.add_row(*(format_cell(row.get(column)) for column in columns))

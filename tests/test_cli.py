@@ -313,6 +313,7 @@ def test_mistakes_end_in_one_line_and_code_2(run, tmp_path, capfd):
             "--root",
             tmp_path / "no",
         ): "root must be a folder or file that exists",
+        ("train", "toy", "--out", new, "--root", empty): "root must be left out with data procedural",
         ("train", "toy", "--out", new, "--data", "nothing"): "data must be procedural, got 'nothing'",
         ("train", "toy", "--out", new, "--batch-size", "99"): "batch_size must be at most the number of",
         ("train", "toy", "--out", run): "already holds a run",

@@ -100,8 +100,14 @@ def _read_pairs(tree: Tree, sketches: ImageSet, photos: ImageSet) -> tuple[NDArr
         except (KeyError, TypeError):
             continue  # counted below, as a pair not there
     pairs = pair_names(sketches, photos, photo_of.get)
-    missing = len(entries) - int((pairs >= 0).sum())
-    return pairs, {"pair without its files": missing} if missing else {}
+    paired = np.flatnonzero(pairs >= 0)
+    apart = paired[sketches.labels[paired] != photos.labels[pairs[paired]]]
+    pairs[apart] = -1
+    unusable = {
+        "pair without its files": len(entries) - len(paired),
+        "pair of two classes": len(apart),
+    }
+    return pairs, {reason: count for reason, count in unusable.items() if count}
 
 
 def _image_name(path: str) -> str:

@@ -144,13 +144,17 @@ def load_sketchy_strokes(
         files = [(path, f"{name}/{file[:-4]}") for path, name, file in there if file.endswith(".svg")]
         if not files:
             raise layout_error(path, EXPECTED_STROKES, tree.names)
-        invalid = {
-            f"{name}/{line.strip()}"
-            for path, name, file in there
-            if file == "invalid.txt"
-            for line in tree.read(path).decode(errors="replace").splitlines()
-        }
         skipped: dict[str, int] = {}
+        invalid: set[str] = set()
+        for path_in_tree, name, file in there:
+            if file != "invalid.txt":
+                continue
+            try:
+                lines = tree.read(path_in_tree).decode(errors="replace").splitlines()
+            except READ_ERRORS:
+                add_counts(skipped, {"broken invalid.txt": 1})
+                continue
+            invalid |= {f"{name}/{line.strip()}" for line in lines}
         sketches: list[Sketch] = []
         keys: list[str] = []
         for file, key in track(files, "Sketchy strokes", progress, total=len(files)):

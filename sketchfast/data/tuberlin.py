@@ -7,6 +7,7 @@ them, `normal_class_name`: lower case, and every run of other signs than letters
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -174,11 +175,15 @@ def _find_sketches(tree: Tree, form: str | None) -> _Found:
 
 
 def _normal(files: list[ImageFile]) -> list[ImageFile]:
-    """The files in order of their classes' normal names."""
-    return sorted(
+    """The files in order of their classes' normal names; ValueError where one name stands for two files."""
+    ordered = sorted(
         (file._replace(class_name=normal_class_name(file.class_name)) for file in files),
         key=lambda file: (file.class_name, file.stem),
     )
+    for file, after in itertools.pairwise(ordered):
+        if file.name == after.name:
+            raise ValueError(f"root must hold {file.name} once, got {file.path} and {after.path}")
+    return ordered
 
 
 def _read_sketches(

@@ -219,9 +219,9 @@ class ImageBatch(NamedTuple):
 class SketchPhotoBatches(torch.utils.data.Dataset):
     """Sketches and photos of the training set, labels left behind; a batch is two gathers.
 
-    An epoch is one pass over the larger domain, item i being its i-th image; beside it stands one of the
-    smaller domain by a fixed shuffle, so that each of those is seen equally often, give or take one. The
-    shuffle draws from neither order nor labels: readers give images sorted by class.
+    An epoch is one pass over the larger domain; beside each of its images stands one of the smaller domain,
+    each of those equally often, give or take one. Item i is the i-th of a fixed shuffle of either domain,
+    which draws from neither order nor labels: readers give images sorted by class.
     """
 
     def __init__(self, data: SketchPhotoSet) -> None:
@@ -306,9 +306,12 @@ def test_classes(wanted: str, class_names: list[str]) -> list[str]:
     """The zero-shot test classes that the config's `test_classes` means among `class_names`."""
     from ..data.splits import zero_shot_test_classes
 
-    names = wanted.split(",")
-    if set(names) <= set(class_names):
+    names = [name.strip() for name in wanted.split(",")]
+    unknown = [name for name in names if name not in class_names]
+    if not unknown:
         return names
+    if len(unknown) < len(names):  # some are classes: no name of a list
+        raise ValueError(f"test_classes must be classes of the data, got {wanted!r} with {unknown[0]!r}")
     try:
         return zero_shot_test_classes(wanted, class_names)
     except ValueError as error:
@@ -332,7 +335,10 @@ def label_distance(p: Tensor, q: Tensor) -> Tensor:
 
 
 class PMJDOT(Method):
-    """Backbone, projection to features of length 1, prototypes, queue, banks; see the module's docstring."""
+    """Sketch-based image retrieval learned without labels and without sketch-photo pairs (Hu et al. 2022).
+
+    A backbone and a projection to features of length 1, prototypes, the queue of SwAV and two memory banks.
+    """
 
     Config = PMJDOTConfig
     config: PMJDOTConfig
@@ -450,11 +456,16 @@ class PMJDOT(Method):
                 )
             try:
                 found = timm.models.load_state_dict(config.weights, use_ema=False, weights_only=True)
-            except RuntimeError as error:  # damaged, or not plain tensors
+            except Exception as error:  # torch and safetensors raise a dozen kinds for what is no such file
                 raise ValueError(
-                    f"weights must be a file of tensors, got {config.weights}: {error}"
+                    f"weights must be a file of tensors, got {config.weights}: {error!r}"
                 ) from error
-        missing = self.backbone.load_state_dict(found, strict=False).missing_keys
+        try:
+            missing = self.backbone.load_state_dict(found, strict=False).missing_keys
+        except RuntimeError as error:  # a shape that differs
+            raise ValueError(
+                f"weights must fit {config.backbone}, got {config.weights!r}: {error}"
+            ) from error
         missing = [name for name in missing if not name.endswith("num_batches_tracked")]
         if missing:
             raise ValueError(
@@ -682,11 +693,11 @@ class PMJDOT(Method):
         """Sketches of a batch, a view of each, and the batch's photos whose features are nearest."""
         sketches, photos = (part.float() / 255 for part in batch)
         x, y = self.embed(sketches[:count]), self.embed(photos)
+        no_photo = torch.zeros(len(x), dtype=torch.bool, device=x.device)  # colours as in training
+        view = random_view(sketches[:count], self.config.image_size, self.config.views, colour=no_photo)
         return {
             "sketch": sketches[:count],
-            "a view of it": F.interpolate(
-                random_view(sketches[:count], self.config.image_size, self.config.views), sketches.shape[2:]
-            ),
+            "a view of it": F.interpolate(view, sketches.shape[2:]),
             "the batch's nearest photo": photos[(x @ y.T).argmax(dim=1)],
         }
 
@@ -837,7 +848,7 @@ def _retrieval_pictures(
 
 
 def training_facts(method: PMJDOT) -> str:
-    """What was trained, and in which of its settings it differs from the paper's run."""
+    """What was trained, and every setting of the config in which it differs from the defaults."""
     config, paper = method.config, PMJDOTConfig()
     sketches, photos = method.training_images.tolist()
     start = "from random weights" if config.weights == "random" else f"from {config.weights} weights"
@@ -846,36 +857,37 @@ def training_facts(method: PMJDOT) -> str:
         f"and {config.batch_size} photos, on {sketches} sketches and {photos} photos, {start} (paper: SwAV's "
         f"ResNet-50 of ImageNet)"
     )
+    if config.weights != "random":
+        facts += "; the untrained network has random weights, not those"
     if config.align_after:
         facts += f", the first {config.align_after} of them SwAV alone"
-    names = (
-        "backbone",
-        "batch_size",
-        "image_size",
-        "feature_size",
-        "prototypes",
-        "queue_size",
-        "bank_size",
-        "optimizer",
-        "learning_rate",
-        "lr_epochs",
-        "alpha",
-        "beta",
-        "mu",
-        "nu",
-        "plan_epsilon",
-        "head",
-        "kmeans",
-        "freeze_prototypes",
-        *(field.name for field in fields(ViewSettings)),
-        "standardise",
-    )
     different = [
-        f"{name} {getattr(config, name)} (paper {getattr(paper, name)})"
-        for name in names
-        if getattr(config, name) != getattr(paper, name)
+        f"{name} {getattr(config, name)} (default {getattr(paper, name)})"
+        for name in (field.name for field in fields(config))
+        if name not in _TOLD_ELSEWHERE and getattr(config, name) != getattr(paper, name)
     ]
-    return f"{facts}. Other settings: {', '.join(different)}." if different else f"{facts}."
+    if not different:
+        return f"{facts}."
+    return (
+        f"{facts}. Settings other than the defaults, which are the paper's or, where it is silent, SwAV's or "
+        f"ours: {', '.join(different)}."
+    )
+
+
+#: fields of the config that a table's note says in words, or that change no figure
+_TOLD_ELSEWHERE = {
+    "steps",
+    "variant",
+    "weights",
+    "align_after",
+    "impl",
+    "split",
+    "queries_per_class",
+    "test_classes",
+    "split_seed",
+    "instances",
+    "classes",
+}
 
 
 PMJDOT.protocols = {"retrieval": retrieval}

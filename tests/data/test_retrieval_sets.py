@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,18 @@ def test_a_broken_list_of_pairs_is_counted(tmp_path, listed):
     assert data.skipped == {"broken list of pairs": 1}
 
 
+def test_a_pair_of_two_classes_is_counted(tmp_path):
+    files = {
+        "sketch/dog/a-1.png": picture(10),
+        "photo/dog/a.jpg": picture(20, "JPEG"),
+        "photo/cat/a.jpg": picture(30, "JPEG"),
+        "sketchy_pairs.json": b'[{"sketch": "sketch/dog/a-1.png", "photo": "photo/cat/a.jpg"}]',
+    }
+    data = load_sketch_photo(write_tree(tmp_path, files), size=8)
+    assert data.pairs.tolist() == [-1]
+    assert data.skipped == {"pair of two classes": 1}
+
+
 def test_broken_files_of_either_domain_are_counted(tmp_path):
     broken = broken_files(picture(9))
     files = sketch_photo_files()
@@ -230,6 +243,17 @@ def test_sketchy_strokes(tmp_path):
         assert valid.skipped == {"broken svg": 1, "marked invalid": 1}
 
 
+def test_a_damaged_list_of_invalid_strokes_is_counted(tmp_path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("sketches/ape/n1_1-1.svg", SVG)
+        archive.writestr("sketches/ape/invalid.txt", "n1_1-1 to be damaged")
+    path.write_bytes(path.read_bytes().replace(b"to be damaged", b"was damaged..", 1))
+    data = load_sketchy_strokes(path)
+    assert len(data) == 1
+    assert data.skipped == {"broken invalid.txt": 1}
+
+
 # ---- TU-Berlin ---------------------------------------------------------------------------------------------
 
 
@@ -247,6 +271,13 @@ def test_tuberlin_from_folders_and_zips(tmp_path):
         assert left(images) == {"airplane/1": 1, "airplane/2": 2, "mouse_animal/81": 81}
         assert images.info["form"] == "png"
         assert images.skipped == {}
+
+
+@pytest.mark.parametrize("twin", ["copy/png/airplane/1.png", "png/Airplane/1.png"])
+def test_tuberlin_files_of_one_name_are_refused_before_any_is_decoded(tmp_path, twin):
+    root = write_tree(tmp_path, tuberlin_files() | {twin: b"never decoded"})
+    with pytest.raises(ValueError, match=r"root must hold airplane/1 once, got .*1\.png and .*1\.png"):
+        load_tuberlin(root, size=8)
 
 
 def test_tuberlin_drawn_from_svg(tmp_path):

@@ -230,8 +230,11 @@ def test_zero_shot_classes_are_names_or_a_list() -> None:
     drawn = module.test_classes("random-2-seed1", names)
     assert len(drawn) == 2
     assert set(drawn) < set(names)
-    with pytest.raises(ValueError, match=r"test_classes must be classes of the data .* got 'b,e'"):
+    assert module.test_classes("b, d", names) == ["b", "d"]
+    with pytest.raises(ValueError, match=r"test_classes must be classes of the data, got 'b,e' with 'e'"):
         module.test_classes("b,e", names)
+    with pytest.raises(ValueError, match=r"test_classes must be classes of the data .* got 'e'"):
+        module.test_classes("e", names)
     assert len(module.test_classes("sketchy-21", list(SKETCHY_CLASSES))) == 21
 
 
@@ -595,6 +598,23 @@ def test_start_weights_from_a_file(tmp_path) -> None:
         make(weights="no.pth")
 
 
+@pytest.mark.parametrize("name", ["text.pth", "text.safetensors", "empty.pth", "list.pth"])
+def test_a_file_that_holds_no_weights_is_named(tmp_path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"" if name.startswith("empty") else b"hello")
+    if name == "list.pth":
+        torch.save([1, 2], path)
+    with pytest.raises(ValueError, match=f"weights must be a file of tensors, got .*{name}"):
+        make(weights=str(path))
+
+
+def test_weights_of_another_shape_are_named(tmp_path) -> None:
+    state = make().backbone.state_dict()
+    torch.save({k: v[:1] if v.ndim == 4 else v for k, v in state.items()}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"weights must fit test_resnet, got .*other\.pth"):
+        make(weights=str(tmp_path / "other.pth"))
+
+
 def test_a_file_of_weights_runs_no_code(tmp_path) -> None:
     class Harm:
         def __reduce__(self):
@@ -641,6 +661,14 @@ def test_pictures_are_rows_of_colour() -> None:
     assert all(images.min() >= 0 and images.max() <= 1 for images in pictures.values())
 
 
+def test_a_sketchs_view_in_the_pictures_keeps_its_colours_as_in_training() -> None:
+    method = make(**(PLAIN | {"jitter": 1.0, "grey": 1.0}))
+    batch = make_batch(method)
+    blue = torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None].expand_as(batch.sketches)
+    pictures = method.pictures(ImageBatch(blue, batch.photos))
+    torch.testing.assert_close(pictures["a view of it"], pictures["sketch"])
+
+
 # --- protocol ---------------------------------------------------------------------------------------------
 
 
@@ -657,7 +685,7 @@ def test_retrieval_names_its_setting_and_the_papers_figures() -> None:
     assert "12 queries, gallery of 27 photos of 3 classes, the smallest of 8" in table.note
     assert "A random order has a precision of 33.33" in table.note
     assert "from random weights (paper: SwAV's ResNet-50 of ImageNet)" in table.note
-    assert "backbone test_resnet (paper resnet50)" in table.note
+    assert "backbone test_resnet (default resnet50)" in table.note
     assert len(table.pictures) == 2
     assert all(png.startswith(b"\x89PNG") for png in table.pictures.values())
     (same,) = retrieval(method, method, DataSpec(), top=5)
@@ -666,6 +694,20 @@ def test_retrieval_names_its_setting_and_the_papers_figures() -> None:
     }
     with pytest.raises(ValueError, match="top must be at least 1, got 0"):
         retrieval(method, untrained, DataSpec(), top=0)
+
+
+def test_the_note_names_every_setting_and_calls_none_the_papers_that_is_not() -> None:
+    fields = {"temperature": 0.2, "momentum": 0.5, "optimizer": "adamw", "clip_norm": 1.0, "lr_factor": 0.9}
+    note = module.training_facts(make(**fields))
+    for name, value in fields.items():
+        assert f"{name} {value} (default {getattr(PMJDOTConfig(), name)})" in note
+    assert "(paper sgd)" not in note
+    assert "instances" not in note
+    assert "from random weights" in note
+    assert "the untrained network" not in note
+    started = make()
+    started.config = replace(started.config, weights="timm")
+    assert "the untrained network has random weights" in module.training_facts(started)
 
 
 def test_retrieval_of_unseen_classes() -> None:
