@@ -275,7 +275,7 @@ def check_number(
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
+    if not -math.inf < number < math.inf:  # torch.compile does not trace math.isfinite of a symbolic number
         raise ValueError(f"{name} must be finite, got {describe(value)}")
     if above is not None and not number > above:
         raise ValueError(f"{name} must be greater than {above:g}, got {describe(value)}")

@@ -901,6 +901,25 @@ def test_compiles_without_a_graph_break(device, impl):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
+@kernels
+def test_compiles_with_numbers_that_vary(device, impl):
+    """torch.compile makes a number that changes between calls symbolic; so do dynamic shapes."""
+    cost = problem(2, 4, 5, device=device)[0]
+
+    def plan(cost, epsilon, tol):
+        swav = sf.swav_assign(cost[0], epsilon, n_iter=1, impl=impl)
+        return sf.sinkhorn(cost, epsilon, max_iter=2, tol=tol, impl=impl).plan, swav
+
+    torch.compiler.reset()
+    compiled = torch.compile(plan, fullgraph=True, backend="aot_eager", dynamic=True)
+    for epsilon, tol in ((0.1, 1e-2), (0.2, 1e-3), (0.3, 1e-1)):
+        for got, want in zip(compiled(cost, epsilon, tol), plan(cost, epsilon, tol), strict=True):
+            torch.testing.assert_close(got, want)
+    for bad in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="epsilon must be"):
+            torch.compile(plan, backend="aot_eager", dynamic=True)(cost, bad, 0.1)
+
+
 @pytest.mark.skipif("native" not in available_impls("cpu"), reason="the CPU library was not built")
 @settings(max_examples=80, deadline=None)
 @given(
@@ -978,6 +997,10 @@ BAD_VALUES = [
     ({"b": torch.full((2, 4), math.nan)}, "b must be finite, got nan at index"),
     ({"epsilon": torch.tensor([1.0, -2.0])}, "epsilon must be finite and greater than 0, got -2"),
     ({"a": torch.ones(2, 3)}, "a and b must hold the same mass in every problem, they differ by 2"),
+    (
+        {"a": torch.full((2, 3), 1e-5), "b": torch.full((2, 4), 1e-5)},
+        "a and b must hold the same mass in every problem, they differ by 1e-05",
+    ),
 ]
 
 
@@ -1001,6 +1024,14 @@ def test_good_values_pass_the_check(device, impl):
     cost, a, b = spoil(*problem(2, 5, 6, device=device))
     out = sf.sinkhorn(cost, 0.1, a=a, b=b, check_values=True, impl=impl)
     assert_same_bits(out.plan, sf.sinkhorn(cost, 0.1, a=a, b=b, impl=impl).plan)
+
+
+def test_masses_that_only_rounding_tells_apart_pass_the_check():
+    cost = torch.rand(2, 300, 4)
+    sf.sinkhorn(cost, 0.1, a=torch.full((2, 300), 1 / 300, dtype=torch.bfloat16), check_values=True)
+    large = 1e6 + 0.1  # as float32
+    sf.sinkhorn(COST, 0.1, a=torch.full((2, 3), large / 3), b=torch.full((2, 4), 1e6 / 4), check_values=True)
+    sf.sinkhorn(COST, 0.1, a=torch.zeros(2, 3), b=torch.zeros(2, 4), check_values=True)
 
 
 @pytest.mark.parametrize(
