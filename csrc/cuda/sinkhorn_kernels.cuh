@@ -1161,15 +1161,15 @@ __global__ void __launch_bounds__(kLineThreads)
     int64_t column = last * columns + problem * q.columns + j;
     double sum = 0;
     if (p.grad_plan.data) {
-      const double plan = ::exp(p.phi[row] + p.gamma[column] - cost);
+      const double plan = exp_of(p.phi[row] + p.gamma[column] - cost);
       if (plan > 0) sum -= plan * load(p.grad_plan, offset);
     }
 #pragma unroll 1
     for (int n = last; n >= 1; --n) {
       const double phi = p.phi[row] - cost;
-      sum += p.column_slope[column] * ::exp(phi + p.gamma[column]);
+      sum += p.column_slope[column] * double(exp_of(phi + p.gamma[column]));
       column -= columns;
-      sum += p.row_slope[row] * ::exp(phi + p.gamma[column]);
+      sum += p.row_slope[row] * double(exp_of(phi + p.gamma[column]));
       row -= rows;
     }
     store_double(p.grad_cost, offset, sum * per_epsilon);
