@@ -202,7 +202,12 @@ def random_problem(
 
 
 def within_budget(
-    ours: Tensor, eager: Tensor, exact: Tensor, what: str, dtype: torch.dtype = torch.float32
+    ours: Tensor,
+    eager: Tensor,
+    exact: Tensor,
+    what: str,
+    dtype: torch.dtype = torch.float32,
+    floor: float = 1e-13,
 ) -> None:
     """The same infinities; elsewhere max|err| <= 2 max|err of eager at that dtype| + 4 eps max|exact|."""
     finite = exact.isfinite()
@@ -213,7 +218,7 @@ def within_budget(
     exact = exact[finite]
     error = (ours.double()[finite] - exact).abs().max().item()
     eager_error = (eager.to(dtype).double()[finite] - exact).abs().max().item()
-    budget = 2 * eager_error + 4 * torch.finfo(dtype).eps * exact.abs().max().item() + 1e-13
+    budget = 2 * eager_error + 4 * torch.finfo(dtype).eps * exact.abs().max().item() + floor
     assert error <= budget, f"{what}: error {error:.3g} over the budget {budget:.3g}"
 
 
@@ -481,7 +486,8 @@ def check_unrolled(emulated: Emulated, problem: Problem, given: tuple[str, ...])
     exact = unrolled_gradients(problem, grads, torch.float64)
     eager = unrolled_gradients(problem, grads, torch.float32)
     for name, ours, float32, float64 in zip(out, out.values(), eager, exact, strict=True):
-        within_budget(ours, float32, float64, name, ours.dtype)
+        # Terms of size 1 cancel: to nothing, where one column leaves no choice.
+        within_budget(ours, float32, float64, name, ours.dtype, floor=16 * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
