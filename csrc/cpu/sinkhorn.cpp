@@ -265,11 +265,13 @@ class Solver {
     fill(u_, to_.padded_rows, real(1));
     fill(v_, to_.padded_columns, real(1));
     const real* init = static_cast<const real*>(batch_.init);
+    starts_flat_ = true;
     for (int64_t j = 0; j < to_.padded_columns; ++j) {
       double first = 0;
       if (init && j < to_.columns) first = double(init[problem * to_.columns + j]) * inverse_;
       if (first - first != 0) first = 0;
       gamma_[j] = b_[j] > 0 ? first : -kInfinity;
+      if (j < to_.columns && gamma_[j] != 0) starts_flat_ = false;
     }
   }
 
@@ -389,7 +391,7 @@ class Solver {
   }
 
   // The largest gamma_j - C_ij / epsilon of every row, to the type's own precision.
-  void row_maxima() {
+  void row_maxima(bool flat) {
     for_slots([&](int64_t slot) {
       with_width([&](auto vectors) {
         constexpr int Q = decltype(vectors)::value;
@@ -400,8 +402,11 @@ class Solver {
           for (int64_t i = 0; i < to_.rows; ++i) {
             V top = load<V>(largest + i * lanes);
             for (int q = 0; q < Q; ++q) {
-              const V z = exponent(0.0, gamma_ + tile * to_.width + q * lanes,
-                                   costs + i * to_.width + q * lanes, inverse_);
+              const real* cost = costs + i * to_.width + q * lanes;
+              // From a start at 0 it is the least cost, and needs no arithmetic in double.
+              const V z =
+                  flat ? -load<V>(cost)
+                       : exponent(0.0, gamma_ + tile * to_.width + q * lanes, cost, inverse_);
               top = select(z != z, z, maximum(z, top));
             }
             store(largest + i * lanes, top);
@@ -416,14 +421,14 @@ class Solver {
           const double candidate = largest_of(slot)[i * lanes + t];
           if (top == top && !(candidate <= top)) top = candidate;
         }
-      row_max_[i] = top;
+      row_max_[i] = flat ? top * inverse_ : top;
     }
   }
 
   // The start: phi such that the largest entry of a row of K~ is its mass, gamma as given; K~, and
   // the parts of K~ v. One exponential an entry, and no sum of it that could overflow.
   void first_rows() {
-    row_maxima();
+    row_maxima(starts_flat_);
     for (int64_t i = 0; i < to_.rows; ++i) set_row(i, row_max_[i]);
     for (int64_t j = 0; j < to_.padded_columns; ++j) live_b_[j] = b_[j];
     for_slots([&](int64_t slot) {
@@ -447,7 +452,7 @@ class Solver {
 
   // phi from gamma, in log form: u is 1 afterwards, and K~ out of date.
   void log_rows() {
-    row_maxima();
+    row_maxima(false);
     for (int64_t i = 0; i < to_.rows; ++i)
       minus_max_[i] = row_max_[i] == -kInfinity ? 0.0 : -row_max_[i];
     for_slots([&](int64_t slot) {
@@ -834,7 +839,7 @@ class Solver {
   real *line_, *scratch_, *y_;
   int64_t problem_ = 0, iterations_ = 0;
   double inverse_ = 0, error_ = 0;
-  bool infeasible_ = false;
+  bool infeasible_ = false, starts_flat_ = false;  // flat: every gamma starts at 0
 };
 
 // --- gradients ---------------------------------------------------------------------------------
