@@ -288,24 +288,6 @@ def cost_gradient(plan: Tensor, epsilon: Tensor, grad_plan: Tensor | None, lam: 
     return torch.where(plan > 0, plan * slope, 0.0)
 
 
-def implicit_backward(
-    grad_plan: Tensor | None,
-    grad_f: Tensor | None,
-    grad_g: Tensor | None,
-    cost: Tensor,
-    epsilon: Tensor,
-    phi: Tensor,
-    gamma: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients to cost [N, K, E], a [N, K] and b [N, E] by the implicit function theorem, float64."""
-    epsilon, gamma = epsilon.double(), gamma.double()
-    plan = plan_from_potentials(cost, epsilon, phi, gamma)
-    right = adjoint_sums(plan, epsilon, grad_plan, grad_f, grad_g)
-    solved = implicit_solve(plan, *right, gamma, epsilon)
-    grad_cost = cost_gradient(plan, epsilon, grad_plan, solved.lam, solved.mu)
-    return grad_cost, solved.grad_a, solved.grad_b
-
-
 # --- SwAV, point clouds -------------------------------------------------------------------------------------
 
 
