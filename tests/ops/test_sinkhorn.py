@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import sketchfast as sf
 from sketchfast.kernels.reference import sinkhorn as reference
-from sketchfast.ops.sinkhorn import _implicit_backward
 from sketchfast.ops import sinkhorn as ops_sinkhorn
+from sketchfast.ops.sinkhorn import _implicit_backward
 from sketchfast.testing import (
     assert_same_bits,
     assert_within_budget,
