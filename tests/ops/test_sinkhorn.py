@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 import sketchfast as sf
 from sketchfast.kernels.reference import sinkhorn as reference
 from sketchfast.ops import sinkhorn as ops_sinkhorn
-from sketchfast.ops.sinkhorn import _implicit_backward
 from sketchfast.testing import (
     assert_same_bits,
     assert_within_budget,
@@ -1088,6 +1087,10 @@ def test_schur_complement_on_either_side_is_the_same():
     out = reference.solve(cost, torch.full((2,), 0.2, dtype=torch.float64), a, b, None, 500, None)[1]
     epsilon = torch.full((2,), 0.2, dtype=torch.float64)
     upstream = weights(cost)
-    wide = _implicit_backward("reference", upstream, None, None, cost, epsilon, out.phi, out.gamma)
-    tall = _implicit_backward("reference", upstream.mT, None, None, cost.mT, epsilon, out.gamma, out.phi)
+    wide = ops_sinkhorn._implicit_backward(
+        "reference", upstream, None, None, cost, epsilon, out.phi, out.gamma
+    )
+    tall = ops_sinkhorn._implicit_backward(
+        "reference", upstream.mT, None, None, cost.mT, epsilon, out.gamma, out.phi
+    )
     torch.testing.assert_close(wide[0], tall[0].mT, rtol=1e-8, atol=1e-10)
