@@ -10,6 +10,7 @@ from .ops.sinkhorn import (
     sinkhorn_points,
     swav_assign,
 )
+from .ops.triplet import ranking_triplet_loss, ranking_triplet_loss_from_distances, triplet_loss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "SinkhornOutput",
     "__version__",
     "nn",
+    "ranking_triplet_loss",
+    "ranking_triplet_loss_from_distances",
     "raster_bce",
     "rasterize",
     "sinkhorn",
@@ -24,4 +27,5 @@ __all__ = [
     "sinkhorn_points",
     "stroke_distance",
     "swav_assign",
+    "triplet_loss",
 ]
