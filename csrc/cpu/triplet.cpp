@@ -198,6 +198,12 @@ inline int64_t sortable(double value) {
   return bits ^ ((bits >> 63) & 0x7fffffffffffffff);
 }
 
+// Adds 1 in the lanes where the condition holds: one masked addition, if written so.
+template <typename I>
+SKETCHFAST_INLINE void count_where(I condition, I& counts) {
+  counts = select(condition, counts + 1, counts);
+}
+
 // Memory of one sort of up to `most` integers.
 template <typename Key>
 struct Sorter {
@@ -273,10 +279,14 @@ struct Sorter {
       I own = {}, before = {};
       std::memcpy(&own, keys + first, (end - first) * sizeof(Key));
       const I position = step + int32_t(first);
-      for (int64_t k = 0; k < first; ++k) before -= equal_or_less(own, k);
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < first; ++k) count_where(equal_or_less(own, k), before);
       for (int64_t k = first; k < end; ++k)
-        before -= ((I{} + keys[k]) < own) | (equal_or_less(own, k) & (I{} + int32_t(k) < position));
-      for (int64_t k = end; k < count; ++k) before -= (I{} + keys[k]) < own;
+        count_where(
+            ((I{} + keys[k]) < own) | (equal_or_less(own, k) & (I{} + int32_t(k) < position)),
+            before);
+#pragma GCC unroll 4
+      for (int64_t k = end; k < count; ++k) count_where((I{} + keys[k]) < own, before);
       for (int64_t i = first; i < end; ++i) {
         other_keys[before[i - first]] = keys[i];
         other_index[before[i - first]] = index[i];
@@ -313,8 +323,9 @@ class RankTree {
         tops_(arena.take<int32_t>(tops(most))),
         steps_(arena.take<uint16_t>(kGroup * kGroup)),
         most_(most) {
-    for (int64_t own = 0; own < kGroup; ++own)
-      for (int64_t other = 0; other < kGroup; ++other) steps_[own * kGroup + other] = other > own;
+    for (uint32_t own = 0; own < kGroup; ++own)
+      for (uint32_t other = 0; other < kGroup; ++other) steps_[own * kGroup + other] = other > own;
+    for (int lane = 0; lane < kLanes<float>; ++lane) first_tops_[lane] = lane;
   }
   static int64_t bytes(int64_t most) {
     return Arena::bytes_of<uint16_t>(rounded(most)) +
@@ -328,32 +339,38 @@ class RankTree {
     fill(tops_, tops(most_), int32_t(0));
   }
 
-  void add(int32_t rank) {
-    const int32_t group = rank / kGroup, top = group / kGroup;
+  void add(uint32_t rank) {
+    const uint32_t group = rank / kGroup, top = group / kGroup;
     add_steps(within_ + group * kGroup, steps_ + (rank % kGroup) * kGroup);
     add_steps(groups_ + top * kGroup, steps_ + (group % kGroup) * kGroup);
-    const int64_t size = tops(most_);
-    for (int64_t t = 0; t < size; ++t) tops_[t] += t > top;
+    Int32V position = first_tops_;
+    for (int64_t t = 0, size = tops(most_); t < size; t += kLanes<float>) {
+      Int32V counts = load<Int32V>(tops_ + t);
+      count_where(position > Int32V{} + int32_t(top), counts);
+      store(tops_ + t, counts);
+      position += kLanes<float>;
+    }
   }
 
-  int32_t below(int32_t rank) const {
-    const int32_t group = rank / kGroup;
+  int32_t below(uint32_t rank) const {
+    const uint32_t group = rank / kGroup;
     return within_[rank] + groups_[group] + tops_[group / kGroup];
   }
 
  private:
-  static constexpr int32_t kGroup = 32;
+  static constexpr uint32_t kGroup = 32;
   static int64_t rounded(int64_t count) { return (count / kGroup + 1) * kGroup; }
   static int64_t tops(int64_t most) { return (most / (kGroup * kGroup) / 16 + 1) * 16; }
   static SKETCHFAST_INLINE void add_steps(uint16_t* __restrict to,
                                           const uint16_t* __restrict steps) {
-    for (int i = 0; i < kGroup; ++i) to[i] = uint16_t(to[i] + steps[i]);
+    for (uint32_t i = 0; i < kGroup; ++i) to[i] = uint16_t(to[i] + steps[i]);
   }
 
   uint16_t *within_, *groups_;
   int32_t* tops_;
   uint16_t* steps_;
   int64_t most_;
+  Int32V first_tops_;
 };
 
 // An anchor's triplets: sorts, compares, and leaves the weights of its columns.
@@ -484,15 +501,17 @@ class AnchorCounter {
     const V d = load<V>(d_ + first), reach = load<V>(reach_ + first);
     const I key = load<I>(key_ + first);
     I drawn = {}, pushed = {}, tied_drawn = {}, tied_pushed = {};
-    for (int64_t q = 0; q < low; ++q) pushed -= (V{} + reach_[q]) > d;
-    for (int64_t q = high; q < count; ++q) drawn -= reach > (V{} + d_[q]);
+#pragma GCC unroll 4
+    for (int64_t q = 0; q < low; ++q) count_where((V{} + reach_[q]) > d, pushed);
+#pragma GCC unroll 4
+    for (int64_t q = high; q < count; ++q) count_where(reach > (V{} + d_[q]), drawn);
     for (int64_t q = low; q < high; ++q) {
       const I reaches = reach > (V{} + d_[q]), reached = (V{} + reach_[q]) > d;
       const I other = I{} + key_[q];
-      drawn -= reaches & (key < other);
-      pushed -= reached & (key > other);
-      tied_drawn -= reaches & (key == other);  // of itself: once drawn, once pushed
-      tied_pushed -= reached & (key == other);
+      count_where(reaches & (key < other), drawn);
+      count_where(reached & (key > other), pushed);
+      count_where(reaches & (key == other), tied_drawn);  // of itself: once drawn, once pushed
+      count_where(reached & (key == other), tied_pushed);
     }
     store(weight_ + first, 2 * (drawn - pushed) + tied_drawn - tied_pushed);
     const I itself = -(reach > d);
@@ -555,7 +574,7 @@ class AnchorCounter {
       const V bound = load<V>(own + first);
       I passed = I{} + Index(next);
       for (; next < numbers; ++next) {
-        passed -= is_before(V{} + sorted[next], bound);
+        count_where(is_before(V{} + sorted[next], bound), passed);
         if (!is_before(sorted[next], own[first + lanes - 1])) break;
       }
       for (int64_t lane = 0; lane < lanes; ++lane) to[first + lane] = int32_t(passed[lane]);
