@@ -88,8 +88,8 @@ def assert_same_bits(first: Tensor, second: Tensor, what: str = "result") -> Non
     """Holds two results to the same bits, NaN included."""
     assert first.dtype == second.dtype, f"{what}: {first.dtype} against {second.dtype}"
     assert first.shape == second.shape, f"{what}: {tuple(first.shape)} against {tuple(second.shape)}"
-    same = first.contiguous().view(torch.uint8) if first.numel() else first
-    other = second.contiguous().view(torch.uint8) if second.numel() else second
+    same = first.flatten().view(torch.uint8) if first.numel() else first
+    other = second.flatten().view(torch.uint8) if second.numel() else second
     assert torch.equal(same, other), f"{what}: bits differ"
 
 
