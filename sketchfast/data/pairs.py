@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ops._contract import check_integer, check_number
-from .archive import existing_path
+from .archive import LayoutError, existing_path
 from .dataset import StrokeDataset, add_counts
 from .images import DEFAULT_SIZE, ImageSet, SketchPhotoSet
 
@@ -78,6 +78,9 @@ def _check_strokes(name: str, strokes: StrokeDataset, sketches: ImageSet) -> Non
         raise ValueError(f"{name} must be {len(sketches)} drawings, one a sketch, got {len(strokes)}")
 
 
+#: The share of the sketches that may be left out for want of strokes (a few of Sketchy's SVG are broken).
+STROKES_MAY_LACK = 0.01
+
 # ---- splits ------------------------------------------------------------------------------------------------
 
 
@@ -120,7 +123,7 @@ def split_instances(
             "data must hold a class with two photos that sketches were drawn after, got "
             f"{int(drawn.sum())} such photos in {len(data.class_names)} classes"
         )
-    name = f"{data.info.get('dataset', 'pairs')}, {share:g} of the photos held out, seed {seed}"
+    name = f"{_title(data)}, {share:g} of the photos held out, seed {seed}"
     return split_by_photo(data, is_test, name, strokes=strokes, canvas=canvas)
 
 
@@ -148,10 +151,59 @@ def split_by_photo(
     drawings: list[StrokeDataset | None] = []
     for photos in (drawn & ~is_test, drawn & is_test):
         sketches = (data.pairs >= 0) & photos[data.pairs]
-        part = take_photos(data, sketches, photos)
-        parts.append(replace(part.select_classes(class_names), skipped=dict(skipped)))
-        drawings.append(None if strokes is None else strokes.subset(sketches))
+        part = take_photos(data, sketches, photos).select_classes(class_names)
+        parts.append(replace(part, skipped=dict(skipped)))
+        drawings.append(None if strokes is None else _labelled(strokes.subset(sketches), part.sketches))
     return InstanceSplit(name, parts[0], parts[1], drawings[0], drawings[1], canvas)
+
+
+def _labelled(strokes: StrokeDataset, sketches: ImageSet) -> StrokeDataset:
+    """The drawings under the labels of the sketches they are."""
+    return replace(strokes, labels=sketches.labels.copy(), class_names=list(sketches.class_names))
+
+
+def split_as_marked(
+    data: SketchPhotoSet,
+    name: str,
+    *,
+    test_share: float = 0.2,
+    seed: int = 0,
+    strokes: StrokeDataset | None = None,
+    canvas: float | None = None,
+) -> InstanceSplit:
+    """The split that photos.extra["part"] marks as "train" and "test"; `split_instances` where it does not.
+
+    name: of the marked split. Photos that are not marked, while others are, are left out and counted.
+    """
+    parts, drawn = data.photos.extra["part"], _drawn_photos(data)
+    if not all((parts[drawn] == part).any() for part in ("train", "test")):
+        return split_instances(data, test_share=test_share, seed=seed, strokes=strokes, canvas=canvas)
+    marked = parts != ""
+    if not marked.all():
+        kept = (data.pairs < 0) | marked[data.pairs]
+        strokes = None if strokes is None else strokes.subset(kept)
+        data = take_photos(data, kept, marked)
+        add_counts(data.skipped, {"photos: in neither part": int((~marked).sum())})
+    return split_by_photo(data, data.photos.extra["part"] == "test", name, strokes=strokes, canvas=canvas)
+
+
+def match_strokes(
+    data: SketchPhotoSet, strokes: StrokeDataset | None
+) -> tuple[SketchPhotoSet, StrokeDataset | None]:
+    """The set, and the drawings in the order of its sketches, found by `extra["key"]`.
+
+    Up to STROKES_MAY_LACK of the sketches may have no drawing: they are left out and counted. If more have
+    none, the set stays whole, without drawings, and `info["sketches without strokes"]` counts them.
+    """
+    place = {} if strokes is None else {key: row for row, key in enumerate(strokes.extra["key"].tolist())}
+    rows = np.array([place.get(name, -1) for name in data.sketches.names], np.int64)
+    lacking = int((rows < 0).sum())
+    if strokes is None or lacking > STROKES_MAY_LACK * len(rows):
+        return replace(data, info={**data.info, "sketches without strokes": lacking}), None
+    if lacking:
+        data = take_photos(data, rows >= 0, np.ones(len(data.photos), bool))
+        add_counts(data.skipped, {"sketches: no strokes": lacking})
+    return data, _labelled(strokes.subset(rows[rows >= 0]), data.sketches)
 
 
 def take_photos(
@@ -204,6 +256,7 @@ class _Request(NamedTuple):
 PROCEDURAL_PHOTOS = 320
 PROCEDURAL_CLASSES = 8
 PROCEDURAL_SKETCHES = 3
+_SKETCHY_CANVAS = 256.0
 
 
 def load_pairs(
@@ -222,7 +275,8 @@ def load_pairs(
     of it, such as "shoe"; None takes all, and then the gallery is of all classes (published figures of QMUL
     are of one category at a time). size: side of the images in pixels. The official split is taken where
     there is one, else test_share and seed say what is held out, as in `split_instances`; the split's name
-    says which. seed also draws what is procedural.
+    says which. seed also draws what is procedural. Caches of `sketchfast data prepare` are used where they
+    are: of images, and of strokes (sketchy_strokes, qmul_v2_strokes).
 
     Raises TypeError or ValueError, naming the argument; FileNotFoundError; LayoutError (a ValueError) with
     the expected tree.
@@ -245,12 +299,19 @@ def load_pairs(
     return PAIR_SETS[name](request)
 
 
-def _chosen(data: SketchPhotoSet, category: str | None) -> SketchPhotoSet:
+def _chosen(data: SketchPhotoSet, request: _Request) -> SketchPhotoSet:
     """The one class asked for, or all."""
-    if category is None:
+    if request.category is None:
         return data
-    check_category(category, data.class_names)
-    return data.select_classes([category])
+    check_category(request.category, data.class_names)
+    return data.select_classes([request.category])
+
+
+def _title(data: SketchPhotoSet) -> str:
+    """Data set and the classes with pairs, such as "qmul_v2 chair+shoe"."""
+    names = [data.class_names[i] for i in np.unique(data.photos.labels[_drawn_photos(data)]).tolist()]
+    few = "+".join(names) if len(names) <= 4 else f"of {len(names)} classes"
+    return f"{data.info.get('dataset', 'pairs')} {few}"
 
 
 def check_category(category: str, there: list[str]) -> None:
@@ -263,15 +324,78 @@ def _qmul_v1_edges(request: _Request) -> InstanceSplit:
     from .qmul import load_qmul_v1_edges
 
     data = load_qmul_v1_edges(request.root, size=request.size, category=request.category)
-    is_test = data.photos.extra["part"] == "test"
-    return split_by_photo(data, is_test, f"qmul_v1_edges {'+'.join(data.class_names)}, official split")
+    return split_as_marked(data, f"{_title(data)}, official split")
+
+
+def _qmul_v1(request: _Request) -> InstanceSplit:
+    from .qmul import load_qmul_v1
+
+    data = _chosen(load_qmul_v1(request.root, size=request.size, progress=request.progress), request)
+    by_number = set(data.info["parts by number"]).intersection(data.class_names)
+    which = "published counts in the order of numbers" if by_number else "split as published"
+    return split_as_marked(data, f"{_title(data)}, {which}", test_share=request.test_share, seed=request.seed)
+
+
+def _qmul_v2(request: _Request) -> InstanceSplit:
+    from .prepare import load_prepared
+    from .qmul import CANVAS, load_qmul_v2, load_qmul_v2_strokes
+
+    data = _chosen(load_qmul_v2(request.root, size=request.size, progress=request.progress), request)
+    strokes = None
+    if data.info["form"] == "strokes":  # else the images are not of these strokes
+        strokes = load_prepared("qmul_v2_strokes", request.root) or load_qmul_v2_strokes(request.root)
+        data, strokes = match_strokes(data, strokes)
+    return split_as_marked(
+        data,
+        f"{_title(data)}, split as published",
+        test_share=request.test_share,
+        seed=request.seed,
+        strokes=strokes,
+        canvas=None if strokes is None else CANVAS,
+    )
+
+
+def _sketchy(request: _Request) -> InstanceSplit:
+    from .sketchy import load_sketchy, read_test_photos
+
+    data = _chosen(load_sketchy(request.root, size=request.size, progress=request.progress), request)
+    data, strokes = match_strokes(data, _sketchy_strokes(request))
+    canvas = None if strokes is None else _SKETCHY_CANVAS
+    held_out = read_test_photos(request.root)
+    parts = ["test" if name in held_out else "train" for name in data.photos.names]
+    data.photos.extra["part"] = np.array(parts, "U5")
+    return split_as_marked(
+        data,
+        f"{_title(data)}, the publishers' test photos",
+        test_share=request.test_share,
+        seed=request.seed,
+        strokes=strokes,
+        canvas=canvas,
+    )
+
+
+def _sketchy_strokes(request: _Request) -> StrokeDataset | None:
+    """Sketchy's drawings scaled as its images are, from any document to one square; None without any."""
+    from .prepare import load_prepared
+    from .sketchy import load_sketchy_strokes
+
+    strokes = load_prepared("sketchy_strokes", request.root)
+    if strokes is None or "size" not in strokes.extra:  # older caches have no sizes
+        classes = None if request.category is None else [request.category]
+        try:
+            strokes = load_sketchy_strokes(request.root, classes=classes, progress=request.progress)
+        except LayoutError:
+            return None
+    strokes = strokes.subset(np.isfinite(strokes.extra["size"]).all(axis=1))
+    scale = np.repeat(_SKETCHY_CANVAS / strokes.extra["size"], strokes.lengths, axis=0)
+    return replace(strokes, points=(strokes.points * scale).astype(np.float32))
 
 
 def _sketch_photo(request: _Request) -> InstanceSplit:
     from .sketch_photo import load_sketch_photo
 
-    data = load_sketch_photo(request.root, size=request.size, progress=request.progress)
-    return split_instances(_chosen(data, request.category), test_share=request.test_share, seed=request.seed)
+    data = _chosen(load_sketch_photo(request.root, size=request.size, progress=request.progress), request)
+    return split_instances(data, test_share=request.test_share, seed=request.seed)
 
 
 def _procedural(request: _Request) -> InstanceSplit:
@@ -296,6 +420,9 @@ def _procedural(request: _Request) -> InstanceSplit:
 #: What `load_pairs` reads.
 PAIR_SETS: dict[str, Callable[[_Request], InstanceSplit]] = {
     "procedural": _procedural,
+    "qmul_v1": _qmul_v1,
     "qmul_v1_edges": _qmul_v1_edges,
+    "qmul_v2": _qmul_v2,
     "sketch_photo": _sketch_photo,
+    "sketchy": _sketchy,
 }
