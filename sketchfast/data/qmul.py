@@ -230,7 +230,7 @@ _LIST_NAME = re.compile(r".*(train|test).*\.txt", re.IGNORECASE)
 _LISTED = re.compile(r"(?P<name>\S.*?)(?:\s+\d+)?")  # a line of a list; some have a label after the name
 _COORDINATES = re.compile(r"(?P<of>.*?)_?coordinates?(?:\.pkl|\.pickle)?", re.IGNORECASE)
 _COORDINATE_KEY = re.compile(r"/?(?:(?P<part>train|test)/)?(?P<stem>[^/]+)")
-_V2_SKETCH = re.compile(r"(.+)_\d+")  # <photo>_<number of the sketch>
+_V2_SKETCH = re.compile(r"(.+)_[^_/]+")  # <photo>_<number of the sketch>, or the id of who drew it
 
 
 class _File(NamedTuple):
@@ -516,7 +516,10 @@ def read_qmul_v1(
     photo_parts = _photo_parts(found.photos, found, sketch_parts, str)
     by_number = _parts_by_number(found.photos, photo_parts)
     info = {"dataset": "qmul_v1", "root": str(path), "size": size, "parts by number": by_number}
-    return _join(sketches, photos, str, photo_parts, sketch_parts, info)
+    result = _join(sketches, photos, str, photo_parts, sketch_parts, info)
+    if (result.pairs < 0).all():  # such as V2 in place of V1
+        raise layout_error(path, EXPECTED_V1, tree.names)
+    return result
 
 
 def _number_by_part(found: _Found) -> None:
@@ -625,7 +628,10 @@ def read_qmul_v2(
         sketch_parts = dict(zip(keys, parts, strict=True))
     photo_parts = _photo_parts(found.photos, found, sketch_parts, v2_photo_of_sketch)
     info = {"dataset": "qmul_v2", "root": str(path), "size": size, "form": form}
-    return _join(sketches, photos, v2_photo_of_sketch, photo_parts, sketch_parts, info)
+    result = _join(sketches, photos, v2_photo_of_sketch, photo_parts, sketch_parts, info)
+    if (result.pairs < 0).all():  # such as V1 in place of V2
+        raise layout_error(path, EXPECTED_V2, tree.names)
+    return result
 
 
 def v2_photo_of_sketch(name: str) -> str | None:
