@@ -441,6 +441,18 @@ def test_v2_pairs_nothing_across_the_parts(tmp_path):
     assert data.skipped == {"pair of two parts": 1}
 
 
+@pytest.mark.parametrize("first", ["train", "test"])
+def test_a_photo_whose_sketches_are_in_both_parts_is_to_train_on(tmp_path, first):
+    other = {"train": "test", "test": "train"}[first]
+    files = {n: d for n, d in listed_v2_files("ShoeV2/", "photo", "sketch").items() if ".txt" not in n}
+    files |= {f"ShoeV2/sketch_{first}.txt": b"a_v1_1\nb_1", f"ShoeV2/sketch_{other}.txt": b"a_v1_2\nc_7"}
+    data = load_qmul_v2(write_tree(tmp_path, files), size=8)
+    assert parts(data.photos)["shoe/a_v1"] == "train"
+    left_out = "shoe/a_v1_2" if first == "train" else "shoe/a_v1_1"
+    assert paired(data) == V2_PAIRS | {left_out: None}
+    assert data.skipped == {"pair of two parts": 1}
+
+
 @pytest.mark.parametrize("twin", ["ShoeV2/testB/b.png", "copy/ShoeV2/trainB/b.png", "ShoeV2/trainB/b.jpg"])
 def test_a_photo_that_is_there_twice_is_refused(tmp_path, twin):
     root = write_tree(tmp_path, v2_files() | {twin: picture(102)})
