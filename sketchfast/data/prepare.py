@@ -19,6 +19,7 @@ from .cache import file_states, fingerprint, image_cache_path
 from .dataset import StrokeDataset
 from .images import DEFAULT_SIZE, ImageSet, SketchPhotoSet, new_folder
 from .omniglot import load_omniglot_strokes
+from .qmul import load_qmul_v2_strokes, read_qmul_v1, read_qmul_v2
 from .quickdraw import load_quickdraw
 from .sketch_photo import read_sketch_photo
 from .sketchy import load_sketchy_strokes, read_sketchy
@@ -27,10 +28,13 @@ from .tuberlin import load_tuberlin_strokes, read_tuberlin, read_tuberlin_extend
 READERS: dict[str, Callable[..., StrokeDataset]] = {
     "quickdraw": load_quickdraw,
     "omniglot": load_omniglot_strokes,
+    "qmul_v2_strokes": load_qmul_v2_strokes,
     "sketchy_strokes": load_sketchy_strokes,
     "tuberlin_strokes": load_tuberlin_strokes,
 }
 IMAGE_READERS: dict[str, Callable[..., ImageSet | SketchPhotoSet]] = {
+    "qmul_v1": read_qmul_v1,
+    "qmul_v2": read_qmul_v2,
     "sketch_photo": read_sketch_photo,
     "sketchy": read_sketchy,
     "sketchy_extended": partial(read_sketchy, extended=True),

@@ -23,7 +23,7 @@ from .dataset import StrokeDataset, class_index, track
 from .images import DEFAULT_SIZE, ImageSet, SketchPhotoSet, join_domains
 from .procedural_shapes import LINE, SHAPES, Draw, Part, Points
 from .render import rasterize_sketches
-from .strokes import Sketch
+from .strokes import Sketch, fit
 
 #: The class names, in a fixed order.
 CLASSES: tuple[str, ...] = tuple(SHAPES)
@@ -305,7 +305,33 @@ def procedural_sketch_photo(
     sketch has, on instance, `sketches_per_instance` and `styles`.
 
     The sketches want the native raster: without it they take far longer than the photos. Raises as
-    `procedural`.
+    `procedural`. With the strokes: `procedural_pairs`.
+    """
+    return procedural_pairs(
+        instances_per_class,
+        size,
+        seed,
+        classes,
+        sketches_per_instance=sketches_per_instance,
+        styles=styles,
+        progress=progress,
+    )[0]
+
+
+def procedural_pairs(
+    instances_per_class: int | Sequence[int] = 20,
+    size: int = DEFAULT_SIZE,
+    seed: int = 0,
+    classes: int | Sequence[str] | None = None,
+    *,
+    sketches_per_instance: int = 1,
+    styles: int = 16,
+    progress: bool = False,
+) -> tuple[SketchPhotoSet, StrokeDataset]:
+    """`procedural_sketch_photo`, and its sketches as strokes: drawing i is sketch i.
+
+    The strokes lie as in the images, on a canvas of side CANVAS: a point at x is at pixel
+    x * size / CANVAS - 0.5.
     """
     names = _class_names(classes)
     instances = np.array(_numbers("instances_per_class", instances_per_class), np.int64)
@@ -317,11 +343,11 @@ def procedural_sketch_photo(
     things = [(name, i) for name in names for i in range(len(instances))]
 
     drawings = [
-        _draw(name, int(instances[i]), style, hands[style], seed)
+        fit(_draw(name, int(instances[i]), style, hands[style], seed), size, 0.04 * size)
         for name, i in things
         for style in turn[i].tolist()
     ]
-    ink = rasterize_sketches(drawings, size, padding=0.04 * size).numpy()
+    ink = rasterize_sketches(drawings, size, padding=None).numpy()
     photo_images = np.empty((len(things), size, size, 3), np.uint8)
     for row, (name, i) in enumerate(track(things, "procedural photos", progress, total=len(things))):
         photo_images[row] = photo(name, int(instances[i]), size, seed).transpose(1, 2, 0)
@@ -343,7 +369,15 @@ def procedural_sketch_photo(
         },
     )
     info = {"dataset": "procedural", "seed": seed, "size": size}
-    return join_domains(sketches, photos, np.repeat(np.arange(len(photos)), each), info)
+    pairs = np.repeat(np.arange(len(photos)), each)
+    strokes = StrokeDataset.from_sketches(
+        [Sketch(((d.points + 0.5) * (CANVAS / size)).astype(np.float32), d.pen_down) for d in drawings],
+        sketches.labels,
+        names,
+        info=info,
+        extra={"key": np.array(sketches.names, np.str_)},
+    )
+    return join_domains(sketches, photos, pairs, info), strokes
 
 
 def _color(rng: np.random.Generator, low: float, high: float) -> tuple[int, int, int]:

@@ -8,7 +8,8 @@ which are taken once, from Sketchy's folder.
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -26,7 +27,7 @@ from .images import (
     pair_names,
     read_images,
 )
-from .strokes import Sketch, from_svg
+from .strokes import Sketch, from_svg, svg_size
 
 #: The rendering that is centred and scaled by nothing; the archive holds others, such as tx_000100000000.
 TRANSFORM = "tx_000000000000"
@@ -39,6 +40,8 @@ EXPECTED_EXTENDED = f"""{EXPECTED}
 EXPECTED_STROKES = """  <root>/sketches-06-04/sketches/<class>/n02691156_58-1.svg
   <root>/sketches-06-04/sketches/<class>/invalid.txt       optional
   or root=sketches-06-04 or sketches, or a .zip of these"""
+#: Lists the photos to test on, a line each: airplane/n02691156_1512.jpg.
+TEST_PHOTOS_FILE = "testset.txt"
 _SKETCH_NAME = re.compile(r"(.+)-\d+")  # <photo>-<number of the sketch>
 
 
@@ -126,6 +129,7 @@ def load_sketchy_strokes(
     *,
     spacing: float = 4.0,
     valid_only: bool = False,
+    classes: Sequence[str] | None = None,
     progress: bool = False,
 ) -> StrokeDataset:
     """Sketchy's drawings as strokes, from the SVG files of `sketches-06-04`.
@@ -133,14 +137,16 @@ def load_sketchy_strokes(
     Coordinates are the documents' own units, those of the photo the sketch was drawn after. spacing: distance
     of samples on curves, see `from_svg`. valid_only: leave out what the class's `invalid.txt` names (wrong
     pose, ambiguous, ...), counted; without, `extra["valid"]` (bool) says it. `extra["key"]`:
-    "<class>/n02691156_58-1", as `ImageSet.names`. An SVG without its closing tag is read; other broken ones
-    are left out and counted.
+    "<class>/n02691156_58-1", as `ImageSet.names`. `extra["size"]`: width and height of each document, float32
+    [N, 2], NaN where it has none. classes: those to read, None for all, which takes many minutes. An SVG
+    without its closing tag is read; other broken ones are left out and counted.
 
-    Raises FileNotFoundError, LayoutError (a ValueError) with the expected tree.
+    Raises FileNotFoundError, LayoutError (a ValueError) with the expected tree, also if none of the classes
+    is there.
     """
     path = existing_path(root)
     with open_tree(path, into_archive=True) as tree:
-        there = list(inside(tree, "sketches"))
+        there = [file for file in inside(tree, "sketches") if classes is None or file[1] in classes]
         files = [(path, f"{name}/{file[:-4]}") for path, name, file in there if file.endswith(".svg")]
         if not files:
             raise layout_error(path, EXPECTED_STROKES, tree.names)
@@ -157,16 +163,19 @@ def load_sketchy_strokes(
             invalid |= {f"{name}/{line.strip()}" for line in lines}
         sketches: list[Sketch] = []
         keys: list[str] = []
+        sizes: list[tuple[float, float]] = []
         for file, key in track(files, "Sketchy strokes", progress, total=len(files)):
             if valid_only and key in invalid:
                 add_counts(skipped, {"marked invalid": 1})
                 continue
             try:
-                sketches.append(from_svg(_closed_svg(tree.read(file)), spacing=spacing))
+                svg = _closed_svg(tree.read(file))
+                sketches.append(from_svg(svg, spacing=spacing))
             except (ValueError, *READ_ERRORS):
                 add_counts(skipped, {"broken svg": 1})
                 continue
             keys.append(key)
+            sizes.append(svg_size(svg) or (np.nan, np.nan))
     class_names = sorted({key.split("/")[0] for _, key in files})
     index = {name: label for label, name in enumerate(class_names)}
     return StrokeDataset.from_sketches(
@@ -178,8 +187,22 @@ def load_sketchy_strokes(
         extra={
             "key": np.array(keys, np.str_),
             "valid": np.array([key not in invalid for key in keys], bool),
+            "size": np.array(sizes, np.float32).reshape(-1, 2),
         },
     )
+
+
+def read_test_photos(root: str | Path) -> set[str]:
+    """The photos held out by the publishers, as `ImageSet.names`: those `info/testset.txt` lists, if it is in
+    the folder or zip `root`; else none."""
+    with open_tree(existing_path(root), into_archive=True) as tree:
+        lists = [name for name in tree.names if PurePosixPath(name).name == TEST_PHOTOS_FILE]
+        try:
+            lines = tree.read(lists[0]).decode(errors="replace").splitlines() if lists else []
+        except READ_ERRORS:
+            return set()
+    photos = [PurePosixPath(line.strip()) for line in lines]
+    return {f"{photo.parent.name}/{photo.stem}" for photo in photos}
 
 
 def _closed_svg(data: bytes) -> bytes:

@@ -211,6 +211,28 @@ def from_svg(svg: str | bytes, *, spacing: float = 4.0) -> Sketch:
     return from_strokes(strokes)
 
 
+def svg_size(svg: str | bytes) -> tuple[float, float] | None:
+    """Width and height of an SVG document in its user units: the viewBox's, else its own; None without any.
+
+    Reads the outermost element only, so what follows may be broken. Also None where the viewBox does not
+    start at (0, 0): coordinates and size then do not go together.
+    """
+    from xml.etree import ElementTree
+
+    data = io.BytesIO(svg.encode() if isinstance(svg, str) else svg)
+    try:
+        _, root = next(iter(ElementTree.iterparse(data, events=("start",))))
+        if (box := root.get("viewBox")) is not None:
+            left, top, width, height = (float(word) for word in box.replace(",", " ").split())
+        else:
+            width, height = (float(root.get(name, "").removesuffix("px")) for name in ("width", "height"))
+            left = top = 0.0
+    except (SyntaxError, StopIteration, ValueError):
+        return None
+    usable = left == top == 0 and 0 < width < np.inf and 0 < height < np.inf
+    return (width, height) if usable else None
+
+
 def _sample_path(path: Any, spacing: float) -> NDArray[np.float64]:
     """The points [n, 2] along one continuous svgpathtools path."""
     from svgpathtools import Arc, Line

@@ -16,6 +16,7 @@ from sketchfast.data.cache import image_cache_path
 from sketchfast.data.images import ImageSet, SketchPhotoSet
 from sketchfast.data.prepare import IMAGE_READERS, load_prepared, prepare
 from sketchfast.data.procedural import CLASSES, photo, procedural_sketch_photo
+from sketchfast.data.qmul import load_qmul_v1, load_qmul_v2
 from sketchfast.data.sketch_photo import load_sketch_photo
 from sketchfast.data.sketchy import load_sketchy, load_sketchy_strokes, photo_of_sketch
 from sketchfast.data.tuberlin import (
@@ -385,6 +386,8 @@ def test_a_wrong_size_is_refused(tmp_path, size):
 # ---- prepared caches ---------------------------------------------------------------------------------------
 
 LOADERS = {
+    "qmul_v1": load_qmul_v1,
+    "qmul_v2": load_qmul_v2,
     "sketch_photo": load_sketch_photo,
     "sketchy": load_sketchy,
     "sketchy_extended": lambda root, **k: load_sketchy(root, extended=True, **k),
@@ -394,7 +397,13 @@ LOADERS = {
 
 
 def everything() -> dict[str, bytes]:
-    return sketch_photo_files() | sketchy_files() | EXTENSION | tuberlin_files() | TUBERLIN_PHOTOS
+    qmul = {
+        "ShoeV1/photo/1.jpg": picture(1, "JPEG"),
+        "ShoeV1/sketch/1.png": picture(2),
+        "ChairV2/trainB/c.png": picture(3),
+        "ChairV2/trainA/c_1.png": picture(4),
+    }
+    return sketch_photo_files() | sketchy_files() | EXTENSION | tuberlin_files() | TUBERLIN_PHOTOS | qmul
 
 
 def arrays(data: ImageSet | SketchPhotoSet) -> list[np.ndarray]:
