@@ -8,8 +8,9 @@ it is compared with.
 
 from __future__ import annotations
 
+import io
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -504,7 +505,7 @@ SCENARIOS: dict[int, str] = {
     2: "the true photo is near, the model misses it",
     3: "a style of drawing the models cannot deal with",
     4: "the sketch says too little to tell the photos apart",
-    0: "neither: what is retrieved differs, but lies near the true photo",
+    0: "what is retrieved differs, but lies near the true photo",
 }
 #: Whose problem a scenario is.
 PROBLEM_OF: dict[int, str] = {1: "user", 2: "model", 3: "model", 4: "user", 0: "unattributed"}
@@ -615,3 +616,150 @@ def error_attribution(
     scenario = np.select([rough & far, ~rough & ~far, ~rough & base_rough, ~rough], [1, 2, 3, 4], default=0)
     wrong = np.flatnonzero(places > 0)
     return ErrorAttribution(wrong, scenario[wrong], thresholds, *scores)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures (a gallery of what is retrieved: `retrieval.retrieval_picture`, with index of `nearest_photos` and
+# right = index == match[:, None])
+
+
+def early_retrieval_picture(curves: Mapping[str, Sequence[EarlyRow]], *, title: str | None = None) -> bytes:
+    """A PNG of early-retrieval curves, a panel for each Acc@k and one for the rank percentile.
+
+    A dashed line at the height of the first curve's last row shows what the whole drawing gives.
+
+    Args:
+        curves: label, such as a model's name, to its rows; at most 9, with the same k in all.
+        title: a line above the panels.
+
+    Raises ValueError that names the argument.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    if not 1 <= len(curves) <= len(common._COLOURS):
+        raise ValueError(f"curves must be 1 to {len(common._COLOURS)}, got {len(curves)}")
+    tops = _common_tops(curves)
+    panels: list[tuple[str, int | None]] = [(f"Acc@{top}", top) for top in tops]
+    panels.append(("Mean rank percentile", None))
+
+    width = 3.1 * len(panels)
+    figure = Figure(figsize=(width, 3.4 + 0.4 * bool(title)), dpi=150, layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, top) in zip(axes, panels, strict=True):
+        for number, (label, rows) in enumerate(curves.items()):
+            heights = [row.percentile if top is None else row.accuracy[top] for row in rows]
+            colour, marker = common._COLOURS[number], common._MARKERS[number % len(common._MARKERS)]
+            if number == 0:
+                whole = f"{label}, {rows[-1].share:.0%} of the drawing"
+                axis.axhline(heights[-1], color=colour, lw=0.8, linestyle="--", alpha=0.6, label=whole)
+            shares = [row.share for row in rows]
+            axis.plot(shares, heights, color=colour, marker=marker, markersize=4, label=label)
+        axis.set_title(name, fontsize=11, loc="left")
+        highest = axis.dataLim.y1
+        axis.set(xlim=(0, 1.03), ylim=(0, 1.03 if highest > 0.9 else max(1.08 * highest, 0.01)))
+        axis.set_xlabel("share of the drawing made", fontsize=9)
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_locator(MaxNLocator(5))
+            side.set_major_formatter(PercentFormatter(1.0))
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    handles, labels = axes[0].get_legend_handles_labels()
+    columns = min(len(labels), len(panels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+    if title:
+        figure.suptitle(title, fontsize=12)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _common_tops(curves: Mapping[str, Sequence[EarlyRow]]) -> list[int]:
+    """The k of the accuracies, which all rows of all curves must hold."""
+    found = {tuple(row.accuracy) for rows in curves.values() for row in rows}
+    if len(found) != 1 or not all(len(rows) for rows in curves.values()):
+        raise ValueError(f"curves must have rows, all with the same k, got {sorted(found)}")
+    return list(found.pop())
+
+
+def attribution_picture(
+    query_images: ArrayLike | Tensor,
+    gallery_images: ArrayLike | Tensor,
+    ours: ArrayLike | Tensor,
+    match: ArrayLike | Tensor,
+    attribution: ErrorAttribution,
+    *,
+    rows: int = 2,
+    top: int = 5,
+    side: int = 112,
+) -> bytes:
+    """A PNG of wrong queries by scenario: the sketch, its photo, and the `top` photos retrieved by ours.
+
+    As the paper's Figure 5c. Each scenario that occurs has a heading with its meaning, whose problem it is
+    and its count, and its first `rows` queries. The true photo bears a tick wherever it stands, other photos
+    a cross.
+
+    Args:
+        query_images: [Q, H, W, 3] uint8 RGB. gallery_images: [G, H', W', 3] uint8 RGB; only those shown are
+            read.
+        ours: [Q, k] integers, k at least `top`. match: [Q] integers.
+        attribution: of these queries; at least one of them wrong.
+        rows: queries a scenario, at least 1.
+        side: pixels of a cell, at least 32.
+
+    Raises TypeError or ValueError that names the argument.
+    """
+    from PIL import Image, ImageDraw
+
+    queries = common._images("query_images", query_images)
+    photos = common._images("gallery_images", gallery_images)
+    rows, top = check_integer("rows", rows, 1), check_integer("top", top, 1)
+    side = check_integer("side", side, 32)
+    order = _retrieved("ours", ours, len(photos), least=top)[:, :top]
+    own = _matches(match, len(queries), len(photos))
+    if len(order) != len(queries):
+        raise ValueError(
+            f"ours must have a row for each of the {len(queries)} query_images, got {order.shape}"
+        )
+    if len(attribution.smoothness_ours) != len(queries) or not len(attribution.wrong):
+        raise ValueError(
+            f"attribution must be of these {len(queries)} queries, one or more of them wrong, got "
+            f"{len(attribution.wrong)} wrong of {len(attribution.smoothness_ours)}"
+        )
+    groups = {
+        scenario: attribution.wrong[attribution.scenario == scenario]
+        for scenario in SCENARIOS
+        if attribution.counts[scenario]
+    }
+
+    gap, margin, heading = 10, 16, 30
+    lefts = [margin, margin + side + gap]
+    lefts += [lefts[1] + side + 3 * gap + rank * (side + gap) for rank in range(top)]
+    width = lefts[-1] + side + margin
+    height = margin + 20 + sum(heading + min(rows, len(g)) * (side + gap) + gap for g in groups.values())
+    picture = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(picture)
+    for left, name in zip(lefts, ["query", "its photo", *map(str, range(1, top + 1))], strict=True):
+        draw.text((left + side / 2, margin + 12), name, fill=common.MUTED, font=common._font(14), anchor="ms")
+    y = margin + 20
+    for scenario, members in groups.items():
+        text = _scenario_heading(scenario, len(members), len(attribution.wrong))
+        text = common._shortened(text, common._font(15), width - 2 * margin)
+        draw.text((margin, y + 20), text, fill=common.INK, font=common._font(15), anchor="ls")
+        y += heading
+        for query in members[:rows].tolist():
+            cells = [(queries[query], None), (photos[own[query]], True)]
+            cells += [(photos[item], bool(item == own[query])) for item in order[query].tolist()]
+            for left, (pixels, right) in zip(lefts, cells, strict=True):
+                picture.paste(common._cell(pixels, side, right), (left, y))
+            y += side + gap
+        y += gap
+    return common._png(picture)
+
+
+def _scenario_heading(scenario: int, count: int, wrong: int) -> str:
+    problem = PROBLEM_OF[scenario]
+    whose = "unattributed" if scenario == 0 else f"the {problem}'s problem"
+    number = "No scenario" if scenario == 0 else f"Scenario {scenario}"
+    return f"{number} ({count} of {wrong} errors, {whose}): {SCENARIOS[scenario]}"
