@@ -47,8 +47,8 @@ def match_ranks(
     Ties count against the photo: an embedding that gives everything one place has rank G - 1 throughout, not
     0. The Euclidean distance is taken from float32 differences, never from products that cancel; both sides
     are first divided by one power of two, so that no square overflows, and no rank changes by it. The cosine
-    distance is that of `retrieval.nearest`, exact up to one rounding; a zero vector is at distance 1 from
-    all. Equal gallery rows tie exactly, and no rank depends on `chunk`.
+    is that of `retrieval.nearest`, exact up to one rounding; a zero vector has cosine 0 to all. Equal gallery
+    rows tie exactly, and no rank depends on `chunk`.
 
     Args:
         query, gallery: [Q, D] and [G, D], any floating dtype, array or tensor.
@@ -94,7 +94,7 @@ def nearest_photos(
 
 
 class _Distances:
-    """Iterates over (rows of the queries, distances [n, G] float32) in chunks."""
+    """Iterates over (rows of the queries, distances [n, G] float32, or what ranks as they do) in chunks."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class _Distances:
             rows = slice(start, min(start + self.chunk, self.queries))
             block = self.query[rows].to(self.device)
             if self.cosine:
-                yield rows, 1 - (block.double() @ gallery.T).float()
+                yield rows, -(block.double() @ gallery.T).float()  # 1 - cos would round once more
             else:
                 yield rows, torch.cdist(block, gallery, compute_mode="donot_use_mm_for_euclid_dist")
 
