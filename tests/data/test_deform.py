@@ -148,16 +148,16 @@ def test_clipping_shortens_each_stroke_along_itself():
     assert np.mean(kept) == pytest.approx(1 - 0.3, abs=0.12)  # two ends, each U(0, 0.3)
 
 
-def test_a_clip_by_hand(monkeypatch):
-    class Half:
+def test_a_clip_by_hand():
+    class Fixed:
         def random(self, shape):
-            return np.full(shape, 0.5)
+            return np.tile([0.9, 0.5, 0.25], (shape[0], 1))  # of the width, the start, the end
 
     line = from_strokes([[(0, 0), (6, 0), (10, 0)], [(3, 3), (3, 3)]])
     deformation = Deformation(rotate=0, scale=0, translate=0, width=4, clip=0.4)
-    deformed = deform(line, deformation, Half(), 256)  # type: ignore[arg-type]
-    assert_same(deformed.sketch, from_strokes([[(2, 0), (6, 0), (8, 0)], [(3, 3), (3, 3)]]))
-    assert deformed.widths.tolist() == [1.0, 1.0]  # the middle level
+    deformed = deform(line, deformation, Fixed(), 256)  # type: ignore[arg-type]
+    assert_same(deformed.sketch, from_strokes([[(2, 0), (6, 0), (9, 0)], [(3, 3), (3, 3)]]))
+    assert deformed.widths.tolist() == [4.0, 4.0]  # the widest level
 
 
 @pytest.mark.parametrize("level", ["stroke", "sketch"])
@@ -339,3 +339,23 @@ def test_a_group_of_widths_draws_no_other_sketch():
 def test_arguments_of_sketch_images_are_checked(change, error, message):
     with pytest.raises(error, match=message):
         sketch_images([TWO], **{"size": 8, "canvas": 128, **change})
+
+
+def test_real_drawings(real_data):
+    from sketchfast.data.quickdraw import load_quickdraw
+
+    data = load_quickdraw(real_data / "quickdraw", classes=["chair", "cat"], per_class=40)
+    drawings = [sketch for sketch, _ in data]
+    for number, drawing in enumerate(drawings):
+        assert drawn_length(cut_to_share(drawing, 0.3)) == pytest.approx(
+            0.3 * drawn_length(drawing), rel=1e-5
+        )
+        deformed = deform(drawing, Deformation(), rng(number), 256)
+        assert len(deformed.widths) == len(to_strokes(drawing))
+        moved = np.abs(np.array(deformed.sketch.points).mean(axis=0) - drawing.points.mean(axis=0))
+        assert moved.max() < 40
+    ink = [
+        (255 - sketch_images([cut_to_share(d, share) for d in drawings], 64, canvas=256).astype(float)).mean()
+        for share in (0.2, 0.5, 1.0)
+    ]
+    assert 0 < ink[0] < ink[1] < ink[2]
