@@ -54,7 +54,7 @@ def match_ranks(
         query, gallery: [Q, D] and [G, D], any floating dtype, array or tensor.
         match: [Q] integers, the photo of each query as a row of gallery.
         metric: "euclidean" or "cosine".
-        chunk: queries ranked at a time; None keeps their distances within 256 MB.
+        chunk: queries ranked at a time; None keeps to a million distances (16 million on CUDA), or one query.
         device: where to rank, CPU or CUDA; None is where `query` is. The result is on the CPU.
 
     Raises TypeError or ValueError that names the argument: dtypes, shapes, empty or non-finite vectors,
@@ -93,6 +93,9 @@ def nearest_photos(
     return torch.cat(found)
 
 
+_PAIRS_AT_ONCE = (2**20, 2**24)  # on CPU, on CUDA: each takes some 50 bytes, products, keys and work space
+
+
 class _Distances:
     """Iterates over (rows of the queries, distances [n, G] float32, or what ranks as they do) in chunks."""
 
@@ -111,8 +114,7 @@ class _Distances:
         self.device = common._device_of(query, device)
         self.query, self.gallery = rows, others.to(self.device)
         self.queries, self.photos = len(rows), len(others)
-        bytes_per_pair = 32 if self.cosine else 24  # distances, comparisons or keys, work space
-        fitting = max(1, common.MEMORY_BUDGET // (bytes_per_pair * self.photos))
+        fitting = max(1, _PAIRS_AT_ONCE[self.device.type == "cuda"] // self.photos)
         self.chunk = fitting if chunk is None else check_integer("chunk", chunk, 1)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
