@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 from collections.abc import Callable
 from typing import Any
 
@@ -192,12 +193,20 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise UnsafePickleError("pickle refers to a persistent object")
 
 
+def _check_memo(data: bytes) -> None:
+    """The unpickler takes memory for as many memo entries as the largest index says, before any is used."""
+    for opcode, index, _ in pickletools.genops(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and index > len(data):
+            raise UnsafePickleError(f"pickle of {len(data)} bytes asks for memo entry {index}")
+
+
 def load_arrays(data: bytes) -> Any:
     """What the pickle `data` holds: numeric arrays and scalars, plain values, and containers of these.
 
     Raises UnsafePickleError where it asks for anything else, pickle.UnpicklingError where it is broken.
     """
     try:
+        _check_memo(data)
         return _Resolver(len(data)).resolve(_ArrayUnpickler(io.BytesIO(data), encoding="latin1").load())
     except pickle.UnpicklingError:
         raise

@@ -337,6 +337,13 @@ def test_a_pickle_cannot_change_the_stand_ins(function):
     assert (inner.__defaults__, inner.__dict__) == before
 
 
+@pytest.mark.parametrize("put", [b"r\xff\xff\xff\x7f", b"p2147483647\n"])
+def test_a_memo_index_takes_no_memory(put):
+    """The unpickler alone would take 32 GB for it."""
+    with pytest.raises(UnsafePickleError, match="asks for memo entry 2147483647"):
+        load_arrays(b"\x80\x02K\x01" + put + b".")
+
+
 @given(st.data())
 def test_mangled_pickles_raise_unpickling_error_or_give_values(data):
     blob = bytearray(pickle.dumps(ARRAYS[:3], data.draw(st.integers(0, 4))))
