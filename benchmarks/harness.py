@@ -106,3 +106,9 @@ def read_results(path: Path) -> tuple[list[dict], dict]:
         **data["machine_info"],
     }
     return rows_of(data["benchmarks"]), about
+
+
+def read_curves(path: Path) -> list[dict]:
+    """What the suite recorded over a range of sizes: `extra_info` with a `curve` of points."""
+    found = (b["extra_info"] for b in json.loads(path.read_text())["benchmarks"])
+    return [info for info in found if "curve" in info]

@@ -2,8 +2,9 @@
 
     python benchmarks/plot.py benchmarks/results/cpu/*.json --out benchmarks/results/cpu
 
-Writes ratios.png (ours against every rival, targets marked) and README.md (the table, with date, versions,
-hardware and commit, and the facts the suites state beside their times).
+Writes ratios.png (ours against every rival, targets marked), a curve of time and memory for each that a suite
+recorded, and README.md (the table, with date, versions, hardware and commit, and the facts the suites state
+beside their times).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from harness import format_table, read_results, times
+from harness import format_table, read_curves, read_results, times
 
 
 def plot_ratios(rows: list[dict], path: Path) -> None:
@@ -40,6 +41,31 @@ def plot_ratios(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def plot_curve(curve: dict, path: Path) -> None:
+    """Time and memory of a step over the batch; the crossing the rule takes is marked."""
+    points = curve["curve"]
+    figure, (time, memory) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+
+    def draw(axes, name: str, label: str, **style) -> None:
+        known = [(p["batch"], p[name]) for p in points if name in p]
+        if known:
+            axes.loglog(*zip(*known, strict=True), label=label, marker=".", base=2, **style)
+
+    draw(time, "pairs", "pair by pair, O(B³)", color="#4878a8", linestyle="--")
+    draw(time, "tree", "tree of ranks, O(B² log B)", color="#5a9a5a", linestyle="--")
+    draw(time, "rule", "the rule's choice", color="black")
+    draw(time, "cube", "eager B × B × B", color="#c05048")
+    time.axvline(curve["tree_from"], color="grey", linewidth=0.8, label=f"rule: B = {curve['tree_from']}")
+    draw(memory, "megabytes", "ours", color="black")
+    draw(memory, "cube megabytes", "eager B × B × B", color="#c05048")
+    time.set(xlabel="batch", ylabel="ms, forward and backward", yscale="log")
+    memory.set(xlabel="batch", ylabel="MB a step adds at its peak", yscale="log")
+    for axes in (time, memory):
+        axes.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def describe(about: dict) -> str:
     """One line: date, commit, hardware, versions."""
     processor = about.get("cpu", {}).get("brand_raw", about.get("processor", "unknown processor"))
@@ -57,16 +83,23 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it names each font that is absent
     rows, lines = [], []
+    curves: dict[str, dict] = {}
     for path in arguments.json:
         some, about = read_results(path)
         rows += some
         lines += [f"## {path.stem}", "", describe(about), "", format_table(some), ""]
         lines += [f"- {fact.strip()}" for fact in about["facts"]] + [""] * bool(about["facts"])
+        for curve in read_curves(path):
+            name = f"{path.stem}_{curve['impl']}_{curve['device']}.png"
+            curves[name] = curve
+            lines += [f"![time and memory over the batch]({name})", ""]
     if not rows:
         sys.exit(f"no results in {', '.join(map(str, arguments.json))}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "README.md").write_text("# Benchmark results\n\n" + "\n".join(lines))
     plot_ratios(rows, arguments.out / "ratios.png")
+    for name, curve in curves.items():
+        plot_curve(curve, arguments.out / name)
 
 
 if __name__ == "__main__":
