@@ -72,7 +72,8 @@ print("driver   ", output("nvidia-smi", "--query-gpu=driver_version", "--format=
 print("python   ", platform.python_version())
 print("torch    ", torch.__version__, "CUDA", torch.version.cuda)
 print("nvcc     ", output("nvcc", "--version").splitlines()[-1])
-for package in ("triton", "numpy", "opencv-python-headless", "pillow", "POT", "geomloss", "flash-sinkhorn"):
+for package in ("triton", "numpy", "opencv-python-headless", "pillow", "POT", "geomloss", "flash-sinkhorn",
+                "pytorch-metric-learning"):
     print(f"{package:9}", version(package))
 PYTHON
 }
@@ -89,7 +90,7 @@ fi
 
 stage tests 180 "$python" -m pytest tests -q --maxfail=20 --durations=5 -p no:cacheprovider
 
-for op in raster sinkhorn; do
+for op in raster sinkhorn triplet; do
   for tool in memcheck racecheck; do
     if command -v compute-sanitizer >/dev/null; then
       stage "$tool-$op" 45 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" "benchmarks/sanitize_$op.py"
