@@ -984,7 +984,7 @@ struct ListParams {
 };
 
 struct ListMemory {
-  float sum[kOwnRows][kThreads];
+  double sum[kOwnRows][kThreads];  // of many triplets with the same pair, whose terms cancel
   int64_t other[kQueue];
   float pull[kQueue];
   int32_t row[kQueue];
@@ -1060,7 +1060,7 @@ struct ListWork {
       for (int k = 0; k < queued; ++k) {
         const int row = memory.row[k];
         const float difference = own_row(row)[axis] - other_row(memory.other[k])[axis];
-        memory.sum[row][threadIdx.x] += memory.pull[k] * difference;
+        memory.sum[row][threadIdx.x] += double(memory.pull[k]) * difference;
       }
     }
     queued = 0;
@@ -1092,7 +1092,8 @@ __global__ void __launch_bounds__(kThreads)
   if (work.axis >= e.dimensions) return;
   float* out = of_query ? p.grad_query : p.grad_gallery;
   for (int row = 0; row < work.rows; ++row) {
-    out[(work.first + row) * e.dimensions + work.axis] = memory.sum[row][threadIdx.x];
+    out[(work.first + row) * e.dimensions + work.axis] =
+        static_cast<float>(memory.sum[row][threadIdx.x]);
   }
 }
 
