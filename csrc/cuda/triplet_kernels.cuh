@@ -441,7 +441,16 @@ struct RowMemory {
   }
 };
 
-// `pairs`: sums of R columns a lane over all positions before and after.
+// 1 where a > b, both finite: the sign of a difference, which is half the cost of a comparison.
+__device__ inline int greater(float a, float b) {
+  const float difference = b - a;
+  uint32_t bits;
+  memcpy(&bits, &difference, sizeof bits);
+  return static_cast<int>(bits >> 31);
+}
+
+// `pairs`: sums of R columns a lane over all positions before and after. All finite, but for dist
+// infinite and reach -infinite from `count` to the next multiple of four.
 template <int R>
 __device__ inline int64_t count_pairs(int count, const float* dist, const float* reach,
                                       int32_t* counts) {
@@ -454,8 +463,8 @@ __device__ inline int64_t count_pairs(int count, const float* dist, const float*
 #pragma unroll
     for (int r = 0; r < R; ++r) {
       const int p = first + r * kWarp + lane_index();
-      d[r] = p < count ? dist[p] : NAN;
-      s[r] = p < count ? reach[p] : NAN;
+      d[r] = p < count ? dist[p] : 0.0f;
+      s[r] = p < count ? reach[p] : 0.0f;
     }
 #pragma unroll 2
     for (int q = 0; q < first; q += 4) {
@@ -463,7 +472,7 @@ __device__ inline int64_t count_pairs(int count, const float* dist, const float*
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
 #pragma unroll
-        for (int r = 0; r < R; ++r) minus[r] += other.value[k] > d[r];
+        for (int r = 0; r < R; ++r) minus[r] += greater(other.value[k], d[r]);
       }
     }
 #pragma unroll 1
@@ -482,7 +491,7 @@ __device__ inline int64_t count_pairs(int count, const float* dist, const float*
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
 #pragma unroll
-        for (int r = 0; r < R; ++r) plus[r] += s[r] > other.value[k];
+        for (int r = 0; r < R; ++r) plus[r] += greater(s[r], other.value[k]);
       }
     }
 #pragma unroll
@@ -647,20 +656,24 @@ __device__ inline void count_row(const CountParams& p, int64_t i, const RowMemor
   const Block by_position{reinterpret_cast<float*>(memory.free_keys), memory.free_columns};
   float* const second = reinterpret_cast<float*>(memory.keys);
   int32_t* counts = reinterpret_cast<int32_t*>(by_position.dist + padded);
-  for (int at = threadIdx.x; at < padded; at += blockDim.x) {
-    if (at < count) {
-      counts[at] = count_run(memory.keys, count, at, p.margin, active);
-      by_position.position[at] = static_cast<uint16_t>(at);
-    }
-    by_position.dist[at] = at < count ? memory.keys[at].dist() : NAN;
+  bool finite = true;
+  for (int at = threadIdx.x; at < count; at += blockDim.x) {
+    const float d = memory.keys[at].dist(), reach = d + p.margin;
+    counts[at] = count_run(memory.keys, count, at, p.margin, active);
+    by_position.dist[at] = d;
+    by_position.position[at] = static_cast<uint16_t>(at);
+    finite = finite && d - d == 0 && reach - reach == 0;
   }
-  __syncthreads();  // of the keys' half only the columns are still to be read
-  if (p.tree) {
+  // After this barrier only the columns are still to be read of the keys' half.
+  if (__syncthreads_or(!finite) || p.tree) {
     const Block merged{second, reinterpret_cast<uint16_t*>(second + padded)};
     *active += count_tree(count, p.margin, by_position, merged, counts);
   } else {
-    const float* dist = by_position.dist;
-    for (int at = threadIdx.x; at < padded; at += blockDim.x) second[at] = dist[at] + p.margin;
+    float* const dist = by_position.dist;
+    for (int at = threadIdx.x; at < padded; at += blockDim.x) {
+      if (at >= count) dist[at] = INFINITY;
+      second[at] = at < count ? dist[at] + p.margin : -INFINITY;
+    }
     __syncthreads();
     *active += p.columns_a_lane == 4 ? count_pairs<4>(count, dist, second, counts)
                                      : count_pairs<1>(count, dist, second, counts);

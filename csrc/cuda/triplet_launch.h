@@ -108,7 +108,8 @@ bool count_in_shared_memory(Context& context, CountParams p, const Loss& loss, d
   p.tree = p.batch >= tree_from;
   p.columns_a_lane = columns < 512 ? 1 : 4;
   const int64_t warps = ceil_div(ceil_div(columns, p.columns_a_lane), kWarp);
-  const int64_t most = kMostThreads / kWarp;
+  const bool two_fit = 2 * (bytes + 1024) <= context.shared_limit;  // on a multiprocessor
+  const int64_t most = (two_fit ? kMostThreads / 2 : kMostThreads) / kWarp;
   const int threads = static_cast<int>(warps < 1 ? 1 : warps < most ? warps : most) * kWarp;
   p.totals = totals_of(context, loss, p.batch, margin);
   if (embeddings) {

@@ -273,7 +273,8 @@ def test_infinite_and_signed_zero(library, way):
     dist[6, ::2] *= -1.0
     teacher[7, 3:9], teacher[8, 4] = torch.inf, -torch.inf
     teacher[9, ::2], teacher[9, 1::2] = 0.0, -0.0
-    for margin in (0.0, 0.25):
+    dist[10, 20:] = 3e38  # with such a margin infinite
+    for margin in (0.0, 0.25, 3e38):
         out = Emulated(library, shared_limit=way[1]).matrix(dist, teacher, margin, way[0])
         check_matrix(out, dist, teacher, margin)
 
