@@ -129,9 +129,7 @@ __global__ void __launch_bounds__(kWarp) start_kernel(const __grid_constant__ To
 // --- distances, tile by tile: out [batch, batch]
 //
 // A CTA of 16 x 16 threads has a tile of 16 M x 16 M, M x M a thread; embeddings go through shared
-// memory kDepth dimensions at a time.
-
-constexpr int kDepth = 32, kDepthStride = kDepth + 4;  // rows in different banks, 16-byte aligned
+// memory some dimensions at a time.
 
 struct alignas(16) Four {
   float value[4];
@@ -147,14 +145,19 @@ struct DistanceParams {
 
 template <int M>
 struct DistanceMemory {
-  float line[16 * M][kDepthStride], term[16 * M][kDepthStride];
+  static constexpr int kDepth = 128 / M;      // few trips to memory where tiles are small
+  static constexpr int kStride = kDepth + 4;  // rows in different banks, 16-byte aligned
+  float line[16 * M][kStride], term[16 * M][kStride];
 };
 
 // 16 M points from `first`, dimensions from `axis`; 0 beyond either end.
 template <int M>
-__device__ inline void fill_points(float (*to)[kDepthStride], const float* points,
+__device__ inline void fill_points(float (*to)[DistanceMemory<M>::kStride], const float* points,
                                    const Embeddings& e, int64_t first, int axis) {
-  for (int k = threadIdx.x; k < 16 * M * kDepth; k += kThreads) {
+  constexpr int kDepth = DistanceMemory<M>::kDepth;
+#pragma unroll 4
+  for (int step = 0; step < 16 * M * kDepth; step += kThreads) {  // a multiple of kThreads
+    const int k = step + threadIdx.x;
     const int point = k / kDepth, depth = k % kDepth;
     const bool inside = first + point < e.batch && axis + depth < e.dimensions;
     to[point][depth] = inside ? points[(first + point) * e.dimensions + axis + depth] : 0.0f;
@@ -165,7 +168,7 @@ template <int M>
 __device__ inline void add_squares(const DistanceMemory<M>& memory, float (&sum)[M][M]) {
   const int row = threadIdx.x / 16, column = threadIdx.x % 16;
 #pragma unroll 2
-  for (int depth = 0; depth < kDepth; depth += 4) {
+  for (int depth = 0; depth < DistanceMemory<M>::kDepth; depth += 4) {
     Four x[M], y[M];
 #pragma unroll
     for (int k = 0; k < M; ++k) {
@@ -205,7 +208,7 @@ __global__ void __launch_bounds__(kThreads)
   float sum[M][M] = {};
   if (!(p.weights && e.squared)) {  // else the distances are not asked for
 #pragma unroll 1
-    for (int axis = 0; axis < e.dimensions; axis += kDepth) {
+    for (int axis = 0; axis < e.dimensions; axis += DistanceMemory<M>::kDepth) {
       fill_points<M>(memory.line, e.query, e, first_line, axis);
       fill_points<M>(memory.term, e.gallery, e, first_term, axis);
       __syncthreads();
@@ -235,8 +238,6 @@ __global__ void __launch_bounds__(kThreads)
 //
 // A CTA of 16 x 16 threads has 16 M rows by 16 M dimensions of one side's gradient, M x M a thread.
 
-constexpr int kSlab = 32;  // terms at a time
-
 struct PullParams {
   Embeddings embeddings;
   const float* pull;  // [batch, batch]
@@ -245,16 +246,20 @@ struct PullParams {
 
 template <int M>
 struct PullMemory {
+  static constexpr int kSlab = 128 / M;  // terms at a time
   float pull[kSlab][16 * M + 4], other[kSlab][16 * M + 4];
 };
 
 template <int M>
 __device__ inline void fill_slab(PullMemory<M>& memory, const PullParams& p, bool of_query,
                                  int64_t first_line, int64_t first_term, int axis) {
+  constexpr int kSlab = PullMemory<M>::kSlab;
   const int64_t batch = p.embeddings.batch;
   const int dimensions = p.embeddings.dimensions;
   const float* other = of_query ? p.embeddings.gallery : p.embeddings.query;
-  for (int k = threadIdx.x; k < 16 * M * kSlab; k += kThreads) {
+#pragma unroll 4
+  for (int step = 0; step < 16 * M * kSlab; step += kThreads) {  // a multiple of kThreads
+    const int k = step + threadIdx.x;
     // Neighbouring threads on neighbours in memory: a query's line is a row, a gallery's a column.
     const int term = of_query ? k % kSlab : k / (16 * M);
     const int line = of_query ? k / kSlab : k % (16 * M);
@@ -293,11 +298,11 @@ __global__ void __launch_bounds__(kThreads) pull_kernel(const __grid_constant__ 
     }
   }
 #pragma unroll 1
-  for (int64_t first_term = 0; first_term < e.batch; first_term += kSlab) {
+  for (int64_t first_term = 0; first_term < e.batch; first_term += PullMemory<M>::kSlab) {
     fill_slab<M>(memory, p, of_query, first_line, first_term, axis);
     __syncthreads();
 #pragma unroll 4
-    for (int term = 0; term < kSlab; ++term) {
+    for (int term = 0; term < PullMemory<M>::kSlab; ++term) {
       float by[M], y[M];
 #pragma unroll
       for (int k = 0; k < M; ++k) {
