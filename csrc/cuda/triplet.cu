@@ -63,11 +63,14 @@ kernels::Embeddings embeddings_of(const Tensor& query, const Tensor& gallery, bo
 // The teacher as it is, of any strides, for a batch.
 kernels::Teacher teacher_of(const Tensor& teacher, const OptionalTensor& indices, int64_t batch,
                             const Tensor& like) {
-  check(teacher.dim() == 2 && teacher.size(0) == teacher.size(1),
-        "teacher must be square, got shape ", shape_of(teacher));
-  check(indices.has_value() ? teacher.size(0) > 0 || batch == 0 : teacher.size(0) == batch,
-        "teacher must have ", batch, " rows without indices and at least one with them, got shape ",
-        shape_of(teacher));
+  const bool square = teacher.dim() == 2 && teacher.size(0) == teacher.size(1);
+  if (indices.has_value()) {
+    check(square && (teacher.size(0) > 0 || batch == 0), "teacher must be square, got ",
+          shape_of(teacher));
+  } else {
+    check(square && teacher.size(0) == batch, "teacher must have shape [", batch, ", ", batch,
+          "], got ", shape_of(teacher));
+  }
   check_device("teacher", teacher, like);
   kernels::Teacher out{};
   out.wide = teacher.scalar_type() == ScalarType::Double;
