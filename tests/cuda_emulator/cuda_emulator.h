@@ -73,6 +73,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
 }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 
 namespace emulator {
@@ -371,3 +372,13 @@ inline unsigned atomicOr(unsigned* address, unsigned value) {
   *address |= value;
   return old;
 }
+
+template <typename T>
+T atomicAdd(T* address, T value) {
+  const T old = *address;
+  *address += value;
+  return old;
+}
+
+// Fibers take turns at barriers only: what one wrote the next one sees.
+inline void __threadfence() {}
