@@ -40,6 +40,7 @@ TYPE_NAMES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
     torch.uint8: "u8",
+    torch.int8: "i8",
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",

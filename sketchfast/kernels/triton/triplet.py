@@ -32,6 +32,7 @@ Nothing waits for the host, and no size depends on a value.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,9 +43,9 @@ from torch import Tensor
 _MULTIPROCESSORS = 132  # of an H100 or H200
 _TREE_MOST = 8192  # the most columns one program holds
 _TREE_ENTRIES = 8  # of a row, for each thread of the tree
-_SCRATCH = tl.constexpr(4)  # rows of N integers a program of the tree keeps in memory
+_SCRATCH = tl.constexpr(5)  # rows of N integers a program of the tree keeps in memory
 _COUNT_TILE = (64, 32)  # columns j and k
-_UNROLL = 8  # coordinates, or rows, between two looks at a loop's end
+_UNROLL = {16: 16, 32: 8, 64: 4}  # by tile: coordinates, or rows, between two looks at a loop's end
 _ENTRIES, _WIDTH = 32, 128  # entries and coordinates a program looks at together
 _LINE = 1024  # of a row that is only walked
 
@@ -111,19 +112,19 @@ def _sampled_pair(seed, anchor, sample, batch):
 
 @triton.jit
 def _distance_tile(
-    query, gallery, row, column, batch, dims, SQUARED: tl.constexpr, UNROLL: tl.constexpr
+    query, gallery, row, column, stride, dims,
+    SQUARED: tl.constexpr, UNROLL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """D [rows, columns] from coordinates laid out [D, B]."""
-    row_in = row < batch
-    column_in = column < batch
-    total = tl.zeros((row.shape[0], column.shape[0]), tl.float32)
-    for first in range(0, dims, UNROLL):
+    """D [rows, columns] from coordinates laid out [D, B], both padded: see `by_coordinate`."""
+    total = tl.zeros((TILE, TILE), tl.float32)
+    x_place = query + row
+    y_place = gallery + column
+    for _ in range(0, dims, UNROLL):
         for step in tl.static_range(UNROLL):
-            axis = _wide(first + step)
-            x = tl.load(query + axis * batch + row, mask=row_in & (axis < dims), other=0.0)
-            y = tl.load(gallery + axis * batch + column, mask=column_in & (axis < dims), other=0.0)
-            gap = x[:, None] - y[None, :]
+            gap = tl.load(x_place + step * stride)[:, None] - tl.load(y_place + step * stride)[None, :]
             total += gap * gap
+        x_place += UNROLL * stride
+        y_place += UNROLL * stride
     if not SQUARED:
         total = tl.sqrt_rn(total)
     return total
@@ -131,37 +132,38 @@ def _distance_tile(
 
 @triton.jit
 def _distance_kernel(
-    query, gallery, dist, batch, dims, blocks, SQUARED: tl.constexpr, UNROLL: tl.constexpr, TILE: tl.constexpr
+    query, gallery, dist, batch, stride, dims, blocks,
+    SQUARED: tl.constexpr, UNROLL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """D [B, B]. One program a tile."""
     program = tl.program_id(0).to(tl.int64)
     row = (program // blocks) * TILE + tl.arange(0, TILE)
     column = (program % blocks) * TILE + tl.arange(0, TILE)
-    here = _distance_tile(query, gallery, row, column, batch, dims, SQUARED, UNROLL)
+    here = _distance_tile(query, gallery, row, column, _wide(stride), dims, SQUARED, UNROLL, TILE)
     inside = (row < batch)[:, None] & (column < batch)[None, :]
     tl.store(dist + (row * batch)[:, None] + column[None, :], here, mask=inside)
 
 
 @triton.jit
 def _coefficient_kernel(
-    scale, weights, query, gallery, coefficients, batch, dims, blocks,
+    scale, weights, query, gallery, coefficients, batch, stride, dims, blocks,
     SQUARED: tl.constexpr, UNROLL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """scale * W / D, what (query_i - gallery_j) counts for in the gradients; 0 where D is."""
+    """scale * W / D, what (query_i - gallery_j) counts for in the gradients, [stride, stride]; 0 where D is
+    and in the padding."""
     program = tl.program_id(0).to(tl.int64)
     row = (program // blocks) * TILE + tl.arange(0, TILE)
     column = (program % blocks) * TILE + tl.arange(0, TILE)
-    place = (row * batch)[:, None] + column[None, :]
     inside = (row < batch)[:, None] & (column < batch)[None, :]
-    weight = tl.load(weights + place, mask=inside, other=0)
+    weight = tl.load(weights + (row * batch)[:, None] + column[None, :], mask=inside, other=0)
     here = weight.to(tl.float32) * tl.load(scale)
     if SQUARED:
         here = here * 2.0
     else:
-        dist = _distance_tile(query, gallery, row, column, batch, dims, SQUARED, UNROLL)
+        dist = _distance_tile(query, gallery, row, column, _wide(stride), dims, SQUARED, UNROLL, TILE)
         live = (weight != 0) & (dist != 0.0)
         here = tl.where(live, here / tl.where(live, dist, 1.0), 0.0)
-    tl.store(coefficients + place, here, mask=inside)
+    tl.store(coefficients + (row * stride)[:, None] + column[None, :], here)
 
 
 @triton.jit
@@ -175,34 +177,36 @@ def _gradient_rows(
     place = (row * dims)[:, None] + axis[None, :]
     x = tl.load(own + place, mask=inside, other=0.0)
     total = tl.zeros(x.shape, tl.float32)
+    factors = coefficients + row * own_stride
     for first in range(0, batch, UNROLL):
         part = tl.zeros(x.shape, tl.float32)  # sums of sums: less rounding than in one long sum
         for step in tl.static_range(UNROLL):
-            line = _wide(first + step)
-            factor = coefficients + row * own_stride + line * other_stride
-            factor = tl.load(factor, mask=(row < batch) & (line < batch), other=0.0)
-            y = tl.load(other + line * dims + axis, mask=(axis < dims) & (line < batch), other=0.0)
+            factor = tl.load(factors + step * other_stride)
+            line = _wide(tl.minimum(first + step, batch - 1))  # past the end the coefficients are 0
+            y = tl.load(other + line * dims + axis, mask=axis < dims, other=0.0)
             part += factor[:, None] * (x - y[None, :])
         total += part
+        factors += UNROLL * other_stride
     tl.store(out + place, total, mask=inside)
 
 
 @triton.jit
 def _gradient_kernel(
-    coefficients, query, gallery, query_grad, gallery_grad, batch, dims, blocks, axis_blocks,
+    coefficients, query, gallery, query_grad, gallery_grad, batch, stride, dims, blocks, axis_blocks,
     UNROLL: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Both gradients. One program a block of rows and coordinates, the query's first."""
     program = tl.program_id(0).to(tl.int64)
     axis = (program % axis_blocks) * WIDTH + tl.arange(0, WIDTH)
     block = program // axis_blocks
+    line = _wide(stride)
     if block < blocks:
         _gradient_rows(
-            coefficients, query, gallery, query_grad, block, axis, batch, dims, batch, 1, UNROLL, TILE
+            coefficients, query, gallery, query_grad, block, axis, batch, dims, line, 1, UNROLL, TILE
         )
     else:
         _gradient_rows(
-            coefficients, gallery, query, gallery_grad, block - blocks, axis, batch, dims, 1, batch, UNROLL,
+            coefficients, gallery, query, gallery_grad, block - blocks, axis, batch, dims, 1, line, UNROLL,
             TILE,
         )  # fmt: skip
 
@@ -378,7 +382,10 @@ def _tree_kernel(
     dist, teacher, indices, weights, parts, key_scratch, scratch, batch, rows, row_stride, column_stride,
     margin, programs, HAS_INDICES: tl.constexpr, SHIFT: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """W of whole anchors and their share of the loss. SHIFT: bits of a float32 the teacher's dtype lacks."""
+    """W of whole anchors and their share of the loss. SHIFT: bits of a float32 the teacher's dtype lacks.
+
+    What waits is kept in `scratch`, so that sorts and counts have the registers.
+    """
     program = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, N)
     keys = key_scratch + program * N
@@ -386,45 +393,48 @@ def _tree_kernel(
     starts = values + N
     columns = values + 2 * N
     ranks = values + 3 * N
+    running = values + 4 * N
     for anchor in range(tl.program_id(0), batch, programs):
-        line = _wide(anchor)
+        line = _wide(anchor) * batch
         # 1. columns in the order of their distance
-        own = tl.load(dist + line * batch + place, mask=place < batch, other=0.0)
+        own = tl.load(dist + line + place, mask=place < batch, other=0.0)
         exists = (place < batch) & (place != anchor) & (own == own)
         real = tl.sum(exists.to(tl.int32), 0)
         _, column = _sort(_ordered(own), place, exists, starts, values)
         tl.store(columns + place, column)
-        near = tl.load(dist + line * batch + column, mask=place < real, other=float("inf"))
-        first, second = _thresholds(near, margin, real, N)
         # 2. their ranks in the order of the teacher
         from_teacher = _teacher_line(teacher, indices, anchor, rows, row_stride, HAS_INDICES)
         far = _teacher_at(from_teacher, indices, column, place < real, rows, column_stride, HAS_INDICES)
         ordered = (place < real) & (far == far)
-        # what the whole sequence has below each threshold
-        running = tl.cumsum(ordered.to(tl.int32), 0)
         count = tl.sum(ordered.to(tl.int32), 0)
-        first_all = tl.where(first > 0, tl.gather(running, tl.maximum(first - 1, 0), 0), 0)
-        second_all = tl.where(second > 0, tl.gather(running, tl.maximum(second - 1, 0), 0), 0)
+        tl.store(running + place, tl.cumsum(ordered.to(tl.int32), 0))
         key, rank = _sort(_ordered(far) >> SHIFT, place, ordered, keys, values)
         tl.store(ranks + place, rank)
         lower, upper = _equal_runs(key, keys, starts, N)
-        ordered = place < count
-        ties = tl.max(tl.where(ordered, upper - lower, 0), 0) > 1
+        ties = tl.max(tl.where(place < count, upper - lower, 0), 0) > 1
+        # 3. counts below the thresholds, up to `lower` and up to `upper` together
+        column = tl.load(columns + place)
+        near = tl.load(dist + line + column, mask=place < real, other=float("inf"))
+        first, second = _thresholds(near, margin, real, N)
         first = tl.gather(first, rank, 0)
         second = tl.gather(second, rank, 0)
-        first_all = tl.gather(first_all, rank, 0)
-        second_all = tl.gather(second_all, rank, 0)
-        # 3. counts below the thresholds, up to `lower` and up to `upper` together
         first_count, second_count = _count_below(rank, lower, first, second, values, N)
+        rank = tl.load(ranks + place)
         if ties:
-            rank = tl.load(ranks + place)
+            lower, upper = _equal_runs(tl.load(keys + place), keys, starts, N)
             more, other = _count_below(rank, upper, first, second, values, N)
             first_count += more
             second_count += other
+            rank = tl.load(ranks + place)
         else:  # between them is only the column itself
             first_count += first_count + (rank < first).to(tl.int32)
             second_count += second_count + (rank < second).to(tl.int32)
+        # what the whole sequence has below each threshold
+        first_all = tl.load(running + first - 1, mask=first > 0, other=0)
+        second_all = tl.load(running + second - 1, mask=second > 0, other=0)
+        lower, upper = _equal_runs(tl.load(keys + place), keys, starts, N)
         # drawn near: those in reach, once; those with a greater teacher distance once more, with a lower less
+        ordered = place < count
         drawn = first + tl.where(ordered, first_all - first_count, 0)
         pushed = (real - second) + tl.where(ordered, lower + upper - count + second_all - second_count, 0)
         exists = rank < real
@@ -432,12 +442,12 @@ def _tree_kernel(
         pushed = tl.where(exists, pushed - (rank >= second).to(tl.int32), 0)
         weight = drawn - pushed
         column = tl.load(columns + rank)
-        tl.store(weights + line * batch + column, weight, mask=column < batch)
-        here = tl.load(dist + line * batch + column, mask=exists & (weight != 0), other=0.0)
+        tl.store(weights + line + column, weight, mask=column < batch)
+        here = tl.load(dist + line + column, mask=exists & (weight != 0), other=0.0)
         terms = weight.to(tl.float64) * here.to(tl.float64)
         active = tl.sum(drawn.to(tl.int64), 0).to(tl.float64)
         part = tl.sum(terms, 0) + active * margin
-        tl.store(parts + line, tl.where(real == batch - 1, part, float("nan")))
+        tl.store(parts + anchor, tl.where(real == batch - 1, part, float("nan")))
         tl.debug_barrier()  # the next anchor takes the scratch
 
 
@@ -537,10 +547,10 @@ def _negatives(labels, anchor, column, batch, HAS_LABELS: tl.constexpr):
     """Which of the columns are negatives of the anchor."""
     inside = column < batch
     if HAS_LABELS:
-        own = tl.load(labels + anchor)
-        return inside & (tl.load(labels + column, mask=inside, other=0) != own)
+        other = tl.load(labels + column, mask=inside, other=0) != tl.load(labels + anchor)
     else:
-        return inside & (column != anchor)
+        other = column != anchor
+    return inside & other
 
 
 @triton.jit
@@ -669,11 +679,12 @@ def _entry_coefficients(
     """What (query - gallery) of an entry counts for in the gradients; 0 where its distance is."""
     factor = tl.load(scale) * sign.to(tl.float32)
     if SQUARED:
-        return factor * 2.0
+        factor = factor * 2.0
     else:
         here = _line_distances(query, gallery, anchor, column, inside, dims, SQUARED, WIDTH)
         live = here != 0.0
-        return tl.where(live, factor / tl.where(live, here, 1.0), 0.0)
+        factor = tl.where(live, factor / tl.where(live, here, 1.0), 0.0)
+    return factor
 
 
 @triton.jit
@@ -756,20 +767,39 @@ class _Teacher:
         self.has_indices = indices is not None
 
 
-def _tiling(batch: int) -> dict[str, int]:
-    """Side of the tiles of D, smaller where few would leave multiprocessors idle."""
-    tile = 64 if batch > 768 else 32 if batch > 128 else 16
-    return {"TILE": tile, "UNROLL": _UNROLL, "num_warps": max(1, tile * tile // 1024)}
+def _tile(programs: Callable[[int], int]) -> int:
+    """The largest side of a tile that keeps every multiprocessor busy."""
+    return next((tile for tile in (64, 32) if programs(tile) >= _MULTIPROCESSORS), 16)
+
+
+class _Tiling:
+    """How [B, B] is cut into the tiles of D: one program each."""
+
+    def __init__(self, batch: int) -> None:
+        self.tile = _tile(lambda side: triton.cdiv(batch, side) ** 2)
+        self.blocks = triton.cdiv(batch, self.tile)
+        self.padded = self.blocks * self.tile
+        self.constants = {
+            "UNROLL": _UNROLL[self.tile],
+            "TILE": self.tile,
+            "num_warps": max(1, self.tile**2 // 1024),
+            "enable_fp_fusion": True,
+        }
+
+    def by_coordinate(self, x: Tensor) -> Tensor:
+        """x [B, D] as [D, B], both padded by zeros so that no tile and no unrolled loop has an end in it."""
+        batch, dims = x.shape
+        rows, columns = self.padded - batch, -dims % _UNROLL[self.tile]
+        return torch.nn.functional.pad(x.t(), (0, rows, 0, columns)).contiguous()
 
 
 def _distances(query: Tensor, gallery: Tensor, squared: bool) -> Tensor:
     batch, dims = query.shape
     dist = query.new_empty((batch, batch))
-    tiling = _tiling(batch)
-    blocks = triton.cdiv(batch, tiling["TILE"])
-    _distance_kernel[(blocks * blocks,)](
-        query.t().contiguous(), gallery.t().contiguous(), dist, batch, dims, blocks, SQUARED=squared,
-        **tiling, enable_fp_fusion=True,
+    tiling = _Tiling(batch)
+    _distance_kernel[(tiling.blocks**2,)](
+        tiling.by_coordinate(query), tiling.by_coordinate(gallery), dist, batch, tiling.padded, dims,
+        tiling.blocks, SQUARED=squared, **tiling.constants,
     )  # fmt: skip
     return dist
 
@@ -874,19 +904,23 @@ def triplet_embedding_bwd(
     grads = torch.empty_like(query), torch.empty_like(gallery)
     if not query.numel():
         return grads
-    coefficients = torch.empty_like(weights, dtype=torch.float32)
-    tiling = _tiling(batch)
-    blocks = triton.cdiv(batch, tiling["TILE"])
-    sides = (query, gallery) if squared else (query.t().contiguous(), gallery.t().contiguous())
-    _coefficient_kernel[(blocks * blocks,)](
-        scale, weights, *sides, coefficients, batch, dims, blocks, SQUARED=squared, **tiling,
-        enable_fp_fusion=True,
+    tiling = _Tiling(batch)
+    sides = (query, gallery) if squared else (tiling.by_coordinate(query), tiling.by_coordinate(gallery))
+    coefficients = query.new_empty((tiling.padded, tiling.padded))
+    _coefficient_kernel[(tiling.blocks**2,)](
+        scale, weights, *sides, coefficients, batch, tiling.padded, dims, tiling.blocks, SQUARED=squared,
+        **tiling.constants,
     )  # fmt: skip
-    width = min(tiling["TILE"] * 2, max(16, triton.next_power_of_2(dims)))
-    axis_blocks = triton.cdiv(dims, width)
-    _gradient_kernel[(2 * blocks * axis_blocks,)](
-        coefficients, query, gallery, *grads, batch, dims, blocks, axis_blocks, UNROLL=_UNROLL,
-        TILE=tiling["TILE"], WIDTH=width, enable_fp_fusion=True,
+
+    def programs(side: int) -> int:
+        return 2 * triton.cdiv(batch, side) * triton.cdiv(dims, min(64, 2 * side))
+
+    tile = min(_tile(programs), tiling.tile)  # within the padding of the coefficients
+    width = min(64, 2 * tile)
+    _gradient_kernel[(programs(tile),)](
+        coefficients, query, gallery, *grads, batch, tiling.padded, dims, triton.cdiv(batch, tile),
+        triton.cdiv(dims, width), UNROLL=_UNROLL[tile], TILE=tile, WIDTH=width,
+        num_warps=max(1, tile * width // 1024), enable_fp_fusion=True,
     )  # fmt: skip
     return grads
 
