@@ -112,11 +112,12 @@ def _sampled_pair(seed, anchor, sample, batch):
 
 @triton.jit
 def _distance_tile(
-    query, gallery, row, column, stride, dims,
-    SQUARED: tl.constexpr, UNROLL: tl.constexpr, TILE: tl.constexpr,
+    query, gallery, out, row, column, stride, dims, SQUARED: tl.constexpr, UNROLL: tl.constexpr
 ):  # fmt: skip
     """D [rows, columns] from coordinates laid out [D, B], both padded: see `by_coordinate`."""
-    total = tl.zeros((TILE, TILE), tl.float32)
+    # Zeros from a load that never happens: sums take the layout of loads, which gives a thread several rows
+    # and columns, so that what it reads of either serves many sums.
+    total = tl.load(out, mask=tl.zeros(out.shape, tl.int32) + dims < 0, other=0.0)
     x_place = query + row
     y_place = gallery + column
     for _ in range(0, dims, UNROLL):
@@ -139,9 +140,9 @@ def _distance_kernel(
     program = tl.program_id(0).to(tl.int64)
     row = (program // blocks) * TILE + tl.arange(0, TILE)
     column = (program % blocks) * TILE + tl.arange(0, TILE)
-    here = _distance_tile(query, gallery, row, column, _wide(stride), dims, SQUARED, UNROLL, TILE)
-    inside = (row < batch)[:, None] & (column < batch)[None, :]
-    tl.store(dist + (row * batch)[:, None] + column[None, :], here, mask=inside)
+    out = dist + (row * batch)[:, None] + column[None, :]
+    here = _distance_tile(query, gallery, out, row, column, _wide(stride), dims, SQUARED, UNROLL)
+    tl.store(out, here, mask=(row < batch)[:, None] & (column < batch)[None, :])
 
 
 @triton.jit
@@ -156,14 +157,15 @@ def _coefficient_kernel(
     column = (program % blocks) * TILE + tl.arange(0, TILE)
     inside = (row < batch)[:, None] & (column < batch)[None, :]
     weight = tl.load(weights + (row * batch)[:, None] + column[None, :], mask=inside, other=0)
+    out = coefficients + (row * stride)[:, None] + column[None, :]
     here = weight.to(tl.float32) * tl.load(scale)
     if SQUARED:
         here = here * 2.0
     else:
-        dist = _distance_tile(query, gallery, row, column, _wide(stride), dims, SQUARED, UNROLL, TILE)
+        dist = _distance_tile(query, gallery, out, row, column, _wide(stride), dims, SQUARED, UNROLL)
         live = (weight != 0) & (dist != 0.0)
         here = tl.where(live, here / tl.where(live, dist, 1.0), 0.0)
-    tl.store(coefficients + (row * stride)[:, None] + column[None, :], here)
+    tl.store(out, here)
 
 
 @triton.jit
@@ -782,7 +784,7 @@ class _Tiling:
         self.constants = {
             "UNROLL": _UNROLL[self.tile],
             "TILE": self.tile,
-            "num_warps": max(1, self.tile**2 // 1024),
+            "num_warps": 2 if self.tile == 16 else 4,
             "enable_fp_fusion": True,
         }
 
@@ -919,8 +921,7 @@ def triplet_embedding_bwd(
     width = min(64, 2 * tile)
     _gradient_kernel[(programs(tile),)](
         coefficients, query, gallery, *grads, batch, tiling.padded, dims, triton.cdiv(batch, tile),
-        triton.cdiv(dims, width), UNROLL=_UNROLL[tile], TILE=tile, WIDTH=width,
-        num_warps=max(1, tile * width // 1024), enable_fp_fusion=True,
+        triton.cdiv(dims, width), UNROLL=_UNROLL[tile], TILE=tile, WIDTH=width, enable_fp_fusion=True,
     )  # fmt: skip
     return grads
 
