@@ -268,6 +268,18 @@ def _ordered(value):
 
 
 @triton.jit
+def _running(x):
+    """The running sum of a power of two of integers. By lines of 128 first, which are a warp's: one scan over
+    them all would pass every warp's total through every thread."""
+    LINES: tl.constexpr = max(1, x.shape[0] // 128)
+    lines = tl.reshape(x, (LINES, x.shape[0] // LINES))
+    totals = tl.sum(lines, 1)
+    line = tl.arange(0, LINES)
+    before = tl.sum(tl.where(line[None, :] < line[:, None], totals[None, :], 0), 1)
+    return tl.reshape(tl.cumsum(lines, 1) + before[:, None], x.shape)
+
+
+@triton.jit
 def _sort(key, value, valid, keys, values):
     """(key, value) in the order of the keys, stable, those not valid behind the rest and of one key.
 
@@ -293,7 +305,7 @@ def _sort(key, value, valid, keys, values):
     while more:
         field = (((key >> shift) & 3) * 16).to(tl.int64)
         one = tl.full((), 1, tl.int64) << field
-        count = tl.cumsum(one, 0)
+        count = _running(one)
         total = tl.sum(one, 0)
         before = (total << 16) + (total << 32) + (total << 48)
         target = (((count + before) >> field) & 0xFFFF).to(tl.int32) - 1
@@ -330,7 +342,7 @@ def _equal_runs(key, keys, starts, N: tl.constexpr):
     place = tl.arange(0, N)
     before = tl.load(keys + place - 1, mask=place > 0, other=0)
     begins = (place == 0) | (key != before)
-    run = tl.cumsum(begins.to(tl.int32), 0) - 1
+    run = _running(begins.to(tl.int32)) - 1
     runs = tl.sum(begins.to(tl.int32), 0)
     tl.store(starts + run, place, mask=begins)
     tl.debug_barrier()
@@ -341,33 +353,29 @@ def _equal_runs(key, keys, starts, N: tl.constexpr):
 
 
 @triton.jit
-def _descend(zeros, half, prefix, threshold):
-    """One level down, among the first `prefix` of the node that the threshold leads to: (what is below the
-    threshold for certain, what the next node has of the prefix). Half of any node are zeros."""
+def _descend(zeros, half, state, threshold):
+    """One level down to the node that the threshold leads to. `state`: how much of the prefix is in the node,
+    and, above 16 bits, how much of it was found to be below the threshold. Half of any node are zeros."""
+    prefix = state & 0xFFFF
     start = threshold & -(2 * half)
     here = tl.gather(zeros, tl.maximum(start + prefix - 1, 0), 0) - start // 2
     here = tl.where(prefix > 0, here, 0)
-    one = (threshold & half) != 0
-    return tl.where(one, here, 0), tl.where(one, prefix - here, here)
+    return state + tl.where((threshold & half) != 0, (here << 16) - here, here - prefix)
 
 
 @triton.jit
-def _count_below(sequence, prefix, first, second, values, N: tl.constexpr):
-    """How many of the first `prefix` of the sequence, a permutation of 0..N-1, are below `first`, and how
-    many below `second`, each of them < N."""
+def _count_below(sequence, prefix, thresholds, values, N: tl.constexpr):
+    """How many of the first `prefix` of the sequence, a permutation of 0..N-1, are below either of two
+    thresholds < N; thresholds and counts have 16 bits each of an int32, which saves registers."""
     place = tl.arange(0, N)
-    first_count = tl.zeros((N,), tl.int32)
-    second_count = tl.zeros((N,), tl.int32)
-    first_prefix = prefix
-    second_prefix = prefix
+    first = prefix
+    second = prefix
     half = N // 2
     while half > 0:
         zero = (sequence & half) == 0
-        zeros = tl.cumsum(zero.to(tl.int32), 0)
-        more, first_prefix = _descend(zeros, half, first_prefix, first)
-        first_count += more
-        more, second_prefix = _descend(zeros, half, second_prefix, second)
-        second_count += more
+        zeros = _running(zero.to(tl.int32))
+        first = _descend(zeros, half, first, thresholds & 0xFFFF)
+        second = _descend(zeros, half, second, thresholds >> 16)
         start = place & -(2 * half)
         rank = zeros - start // 2  # of the zeros of its node, this place included
         target = tl.where(zero, start + rank - 1, half + place - rank)
@@ -376,7 +384,7 @@ def _count_below(sequence, prefix, first, second, values, N: tl.constexpr):
         sequence = tl.load(values + place)
         tl.debug_barrier()
         half = half // 2
-    return first_count, second_count
+    return (first >> 16) + (second & 0x7FFF0000)
 
 
 @triton.jit
@@ -409,7 +417,7 @@ def _tree_kernel(
         far = _teacher_at(from_teacher, indices, column, place < real, rows, column_stride, HAS_INDICES)
         ordered = (place < real) & (far == far)
         count = tl.sum(ordered.to(tl.int32), 0)
-        tl.store(running + place, tl.cumsum(ordered.to(tl.int32), 0))
+        tl.store(running + place, _running(ordered.to(tl.int32)))
         key, rank = _sort(_ordered(far) >> SHIFT, place, ordered, keys, values)
         tl.store(ranks + place, rank)
         lower, upper = _equal_runs(key, keys, starts, N)
@@ -418,19 +426,19 @@ def _tree_kernel(
         column = tl.load(columns + place)
         near = tl.load(dist + line + column, mask=place < real, other=float("inf"))
         first, second = _thresholds(near, margin, real, N)
-        first = tl.gather(first, rank, 0)
-        second = tl.gather(second, rank, 0)
-        first_count, second_count = _count_below(rank, lower, first, second, values, N)
+        thresholds = tl.gather(first + (second << 16), rank, 0)
+        counts = _count_below(rank, lower, thresholds, values, N)
         rank = tl.load(ranks + place)
+        first = thresholds & 0xFFFF
+        second = thresholds >> 16
         if ties:
             lower, upper = _equal_runs(tl.load(keys + place), keys, starts, N)
-            more, other = _count_below(rank, upper, first, second, values, N)
-            first_count += more
-            second_count += other
+            counts += _count_below(rank, upper, thresholds, values, N)
             rank = tl.load(ranks + place)
         else:  # between them is only the column itself
-            first_count += first_count + (rank < first).to(tl.int32)
-            second_count += second_count + (rank < second).to(tl.int32)
+            counts += counts + (rank < first).to(tl.int32) + ((rank < second).to(tl.int32) << 16)
+        first_count = counts & 0xFFFF
+        second_count = counts >> 16
         # what the whole sequence has below each threshold
         first_all = tl.load(running + first - 1, mask=first > 0, other=0)
         second_all = tl.load(running + second - 1, mask=second > 0, other=0)
