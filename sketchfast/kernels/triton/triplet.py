@@ -293,7 +293,8 @@ def _sort(key, value, valid, keys, values):
     else:
         least = tl.min(tl.where(valid, key, 0x7FFFFFFF), 0)
         largest = tl.max(tl.where(valid, key, -0x80000000), 0)
-    # Unsigned differences; where nothing is valid they are something, and the one pass orders equal keys.
+    # Unsigned differences; no NaN is valid, so that they stay below the last integer. Where nothing is valid
+    # all keys are the same, and the one pass keeps the order.
     span = largest - least + 1
     key = tl.where(valid, key - least, span)
     if key.dtype == tl.int64:
