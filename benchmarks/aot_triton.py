@@ -33,12 +33,14 @@ ARCHITECTURES = (80, 90)
 LOCAL_LIMIT = 64
 SIZES = ((256, 64, 28), (64, 100, 84), (64, 256, 256))  # (B, T, side), of the benchmark suite
 SINKHORN_SIZES = ((1024, 64, 64), (1, 125, 3840), (64, 64, 128), (1, 3840, 125), (1, 2048, 2048))  # (N, K, E)
+TRIPLET_SIZES = ((256, 128), (1024, 512), (8192, 128), (64, 128), (100, 8), (4096, 512))  # (B, D)
 TYPE_NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.float64: "fp64",
     torch.uint8: "u8",
+    torch.int8: "i8",
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -238,6 +240,38 @@ def sinkhorn_variants(dtype: torch.dtype, quick: bool) -> Iterator[Variant]:
         )
 
 
+def triplet_variants(batch: int, dims: int) -> Iterator[Variant]:
+    """What the launchers of the triplet losses launch, forward and backward; counting by both of its ways."""
+    from sketchfast.kernels.triton import triplet
+
+    def meta(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    x, scale, seed = meta(batch, dims), meta(), meta(kind=torch.int64)
+    dist, weights = meta(batch, batch), meta(batch, batch, kind=torch.int32)
+    labels, chosen = meta(batch, kind=torch.int64), meta(batch, kind=torch.int32)
+    sampled, rows = meta(batch, 64, kind=torch.int8), meta(3 * batch, 3 * batch)
+    calls = {
+        "pairs": lambda: triplet.triplet_ranking_fwd(x, x, dist, None, 0.01, False, batch + 1),
+        "sampled": lambda: triplet.triplet_sampled_fwd(x, x, rows, labels, 0.01, False, 64, seed),
+        "sampled bwd": lambda: triplet.triplet_sampled_bwd(scale, sampled, seed, x, x, False),
+        "sampled matrix": lambda: triplet.triplet_matrix_fwd(dist, dist, None, 0.01, 64, seed, 1),
+        "squared": lambda: triplet.triplet_ranking_fwd(x, x, rows, labels, 0.01, True, batch + 1),
+        "bwd": lambda: triplet.triplet_embedding_bwd(scale, weights, x, x, False),
+        "bwd squared": lambda: triplet.triplet_embedding_bwd(scale, weights, x, x, True),
+        "chosen bwd": lambda: triplet.triplet_chosen_bwd(scale, chosen, x, x, False),
+    }
+    for mining in ("all", "hardest", "semihard", "random"):
+        key = seed if mining == "random" else None
+        calls[mining] = lambda m=mining, k=key: triplet.triplet_pairs_fwd(x, x, labels, 0.2, False, m, k)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        teacher = rows.to(dtype)
+        calls[f"tree {TYPE_NAMES[dtype]}"] = lambda t=teacher: triplet.triplet_matrix_fwd(
+            dist, t, labels, 0.01, 0, None, 1
+        )
+    yield from recorded(triplet, f"{batch}x{dims}", calls)
+
+
 def compile_variant(variant: Variant, architecture: int) -> Result:
     import importlib
 
@@ -294,7 +328,7 @@ def unique(variants: list[Variant]) -> list[Variant]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one size, one dtype, one architecture")
-    parser.add_argument("--op", choices=("raster", "sinkhorn"), help="this op only")
+    parser.add_argument("--op", choices=("raster", "sinkhorn", "triplet"), help="this op only")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -310,6 +344,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.op in (None, "sinkhorn"):
         for dtype in dtypes:
             found += sinkhorn_variants(dtype, options.quick)
+    if options.op in (None, "triplet"):
+        found += [
+            v for size in TRIPLET_SIZES[: 2 if options.quick else None] for v in triplet_variants(*size)
+        ]
     variants = unique(found)
     work = [(variant, architecture) for variant in variants for architecture in architectures]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
