@@ -346,7 +346,9 @@ def _evaluate(run: Path, name: str, data: DataSpec, flags: dict[str, Any], accel
     if (start := read_start(run)) is not None:
         untrained.start_from(start)
     protocol = type(method).protocols[name]
-    loaded = {flag: load_method(flags[flag])[0].to(device) for flag in _run_flags(protocol) if flags.get(flag)}
+    loaded = {
+        flag: load_method(flags[flag])[0].to(device) for flag in _run_flags(protocol) if flags.get(flag)
+    }
     tables = protocol(method, untrained, data, **{**flags, **loaded})
     stored = read_results(run).get("evaluations", {})
     stored[f"{name} on {data.name}"] = {
