@@ -103,8 +103,7 @@ class Method(nn.Module):
     #: protocol name -> function(method, untrained, data, **flags) -> tables; `untrained` has the same
     #: config and fresh weights, or those the run started from where it kept them (`before_training`), so
     #: that each table carries its own baseline. A keyword-only argument is a flag; one annotated
-    #: `Method | None` is
-    #: on the command line the folder of another run
+    #: `Method | None` is on the command line the folder of another run
     protocols: ClassVar[dict[str, Callable[..., list[Table]]]] = {}
 
     def __init__(self, config: TrainConfig) -> None:
