@@ -457,7 +457,7 @@ class PhotoTopology(Method):
         return F.normalize(x, dim=1) if self.config.normalise else x
 
     def loss(self, batch: PairBatch, step: int, part: str = "") -> dict[str, Tensor]:
-        """The pairs' loss ("pairs", Eq. 1), the topology loss ("topology", Eqs. 3, 4), or the whole objective.
+        """The pairs' loss ("pairs", Eq. 1), the topology loss ("topology", Eqs. 3, 4), or all of them.
 
         Embeddings of all ranks are gathered, with gradient, and each rank computes the same loss of the whole
         batch. Triplets are drawn by (triplet_seed, step): the same in every pass of a step and on every impl.
@@ -768,8 +768,8 @@ def _test_strokes(split: InstanceSplit) -> tuple[list[Sketch], float]:
     """The queries as strokes, and the side of their canvas; ValueError where there are only images."""
     if split.test_strokes is None or split.canvas is None:
         raise ValueError(
-            f"data must hold the sketches as strokes for this protocol, got {split.name}, which has images of "
-            "them only; procedural has strokes"
+            f"data must hold the sketches as strokes for this protocol, got {split.name}, which has only "
+            "images of them; procedural has strokes"
         )
     return [split.test_strokes[i][0] for i in range(len(split.test_strokes))], split.canvas
 
@@ -1047,9 +1047,9 @@ def training_facts(method: PhotoTopology, untrained: PhotoTopology) -> str:
     config = method.config
     sketches, photos = method.training_images.tolist()
     facts = (
-        f"Trained as {config.objective} for {int(method.steps_trained)} steps of {config.batch_size} pairs, on "
-        f"{photos} photos and {sketches} sketches of them; {untrained.start_about or 'start weights not kept'} "
-        "(paper: pre-trained on ImageNet or larger)"
+        f"Trained as {config.objective} for {int(method.steps_trained)} steps of {config.batch_size} pairs, "
+        f"on {photos} photos and {sketches} sketches of them; "
+        f"{untrained.start_about or 'start weights not kept'} (paper: pre-trained on ImageNet or larger)"
     )
     different = different_settings(config, PhotoTopologyConfig(), _TOLD_ELSEWHERE)
     if not different:
