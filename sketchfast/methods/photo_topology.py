@@ -452,8 +452,9 @@ class PhotoTopology(Method):
     # ---- losses --------------------------------------------------------------------------------------------
 
     def features(self, images: Tensor) -> Tensor:
-        """Embeddings Psi [B, D] float32 of images [B, 3, S, S] in [0, 1]."""
-        x = self.head(self.backbone(self.pixels(images))).float()
+        """Embeddings Psi [B, D], at least float32, of images [B, 3, S, S] in [0, 1]."""
+        x = self.head(self.backbone(self.pixels(images)))
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         return F.normalize(x, dim=1) if self.config.normalise else x
 
     def loss(self, batch: PairBatch, step: int, part: str = "") -> dict[str, Tensor]:
@@ -729,6 +730,9 @@ class _Evaluated(NamedTuple):
 
 
 def _evaluate(method: Method, name: str, split: InstanceSplit) -> _Evaluated:
+    if not method.takes_colour:
+        raise ValueError(f"base must be a run of a method that embeds photos, got {type(method).__name__}")
+
     def embed(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         return embed_images(method, images)
 
