@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -185,7 +185,7 @@ def as_tensor(images: NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(np.require(images, requirements=["C", "W"])).permute(0, 3, 1, 2)
 
 
-def different_settings(config: TrainConfig, paper: TrainConfig, told: Sequence[str]) -> list[str]:
+def different_settings(config: TrainConfig, paper: TrainConfig, told: Collection[str]) -> list[str]:
     """Each field of `config` in which it differs from `paper`, but for those in `told`."""
     return [
         f"{f.name} {getattr(config, f.name)} (default {getattr(paper, f.name)})"

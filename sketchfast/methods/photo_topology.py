@@ -253,7 +253,7 @@ class PhotoBatches(torch.utils.data.Dataset):
         which = (np.random.random(len(rows)) * self.count[rows]).astype(np.int64)  # the loop seeds NumPy
         sketches = self.sketches[self.order[self.first[rows] + which]]
         views = self._views(np.concatenate((sketches, self.photos[rows])))
-        return PairBatch(*views.chunk(2), torch.from_numpy(rows))
+        return PairBatch(views[: len(rows)], views[len(rows) :], torch.from_numpy(rows))
 
     def _views(self, images: NDArray[np.uint8]) -> Tensor:
         pixels = as_tensor(images)
@@ -492,7 +492,8 @@ class PhotoTopology(Method):
         x = torch.stack(self.features(images).chunk(2), dim=1)
         with torch.no_grad():
             rows = self.gather_rows(batch.rows)
-        return *self.gather_rows(x).unbind(1), rows
+        sketches, photos = self.gather_rows(x).unbind(1)
+        return sketches, photos, rows
 
     def pair_loss(self, sketches: Tensor, photos: Tensor, step: int) -> Tensor:
         """L_FG-SBIR (Eq. 1); `mining` says which p_k stand against a pair."""
@@ -581,7 +582,7 @@ class PhotoTopology(Method):
         if not config.is_meta:
             super().update(passes)
             return
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        parameters: list[Tensor] = [p for p in self.parameters() if p.requires_grad]
         start = [p.detach().clone() for p in parameters] if config.objective == "meta_full" else []
         passes.gradient(part="pairs")
         passes.descend(0, more=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ def create_backbone(name: str, *, pool: str = "", image_size: int | None = None)
     """
     import timm
 
-    options: dict[str, object] = {"global_pool": pool} if pool else {}
+    options: dict[str, Any] = {"global_pool": pool} if pool else {}
     config = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
     if image_size is not None and config is not None and config.fixed_input_size:
         options["img_size"] = image_size
@@ -48,7 +49,7 @@ def load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
     import timm
 
     if weights == "timm":
-        options = {"img_size": backbone.patch_embed.img_size[0]} if _is_of_fixed_size(backbone) else {}  # type: ignore[union-attr, index]
+        options: dict[str, Any] = {} if (size := _fixed_size(backbone)) is None else {"img_size": size}
         found = timm.create_model(name, pretrained=True, num_classes=0, **options).state_dict()
     else:
         if not Path(weights).is_file():
@@ -69,8 +70,9 @@ def load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
         )
 
 
-def _is_of_fixed_size(backbone: nn.Module) -> bool:
-    return getattr(getattr(backbone, "patch_embed", None), "img_size", None) is not None
+def _fixed_size(backbone: nn.Module) -> Any:
+    """(H, W) that a vision transformer was built for, None for networks that take any."""
+    return getattr(getattr(backbone, "patch_embed", None), "img_size", None)
 
 
 class Pixels(nn.Module):
