@@ -102,7 +102,7 @@ class PhotoTopologyConfig(TrainConfig):
     """network: the name of any timm model, such as resnet50 or vit_base_patch32_224"""
     weights: str = "timm"
     """start of the backbone, the pre-training to be kept: timm (timm's own for this name, from the network),
-    a file of weights, or random"""
+    a file of weights (start.pt of another run is one), or random"""
     pool: str = "max"
     """global pooling of the backbone: max (the baselines'), avg, or what else timm has for it; "" takes its
     own"""

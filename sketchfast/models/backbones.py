@@ -50,7 +50,12 @@ def load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
 
     if weights == "timm":
         options: dict[str, Any] = {} if (size := _fixed_size(backbone)) is None else {"img_size": size}
-        found = timm.create_model(name, pretrained=True, num_classes=0, **options).state_dict()
+        try:
+            found = timm.create_model(name, pretrained=True, num_classes=0, **options).state_dict()
+        except Exception as error:  # no network, no such file there, no weights for this name
+            raise ValueError(
+                f"weights must be a file or random where timm's of {name} cannot be had: {error}"
+            ) from error
     else:
         if not Path(weights).is_file():
             raise ValueError(f"weights must be random, timm or a file that exists, got {weights!r}")
