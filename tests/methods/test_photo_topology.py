@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sketchfast.data.pairs import InstanceSplit, split_instances
 from torch import nn
 
 from sketchfast import cli
 from sketchfast.data.images import ImageSet, SketchPhotoSet
+from sketchfast.data.pairs import InstanceSplit, split_instances
 from sketchfast.methods import get_method
 from sketchfast.methods import photo_topology as module
 from sketchfast.methods.base import DataSpec, embed_images
