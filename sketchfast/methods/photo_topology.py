@@ -330,8 +330,8 @@ class PhotoTopology(Method):
             return PhotoTopologyConfig()
         if name == "small":
             return PhotoTopologyConfig(
-                steps=1500,
-                learning_rate=5e-4,
+                steps=1000,
+                learning_rate=1e-3,
                 optimizer="adamw",
                 schedule="cosine",
                 weight_decay=1e-4,
