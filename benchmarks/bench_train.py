@@ -40,16 +40,33 @@ PARTS = {
         "network": ["method.features"],
         "assignment (swav_assign)": ["method.assignments"],
         "plans (sinkhorn)": ["method.plan"],
-    }
+    },
+    "photo_topology": {
+        "network": ["method.features"],
+        "pairs (triplet_loss)": ["module.triplet_loss"],
+        "topology (ranking_triplet_loss)": ["module.ranking_triplet_loss"],
+    },
 }
 
 
-def made_up_images(config: Any) -> Any:
-    """Noise in place of PM-JDOT's images."""
+def make_up_data(name: str, module: Any, config: Any) -> None:
+    """Noise in place of what the method reads."""
+    if name == "pm_jdot":
+        count = max(4 * config.batch_size, 2 * config.prototypes) + config.queries_per_class
+        images = noise(config.source_size or config.image_size, count)
+        module.read_images = lambda data, config: images
+    else:
+        from sketchfast.data.pairs import split_instances
+
+        pairs = noise(config.image_size, 400)
+        pairs.pairs[:] = np.arange(400)
+        module.read_split = lambda data, config: split_instances(pairs)
+
+
+def noise(size: int, count: int) -> Any:
+    """As many sketches as photos of noise."""
     from sketchfast.data.images import ImageSet, SketchPhotoSet
 
-    size, count = config.source_size or config.image_size, max(4 * config.batch_size, 2 * config.prototypes)
-    count += config.queries_per_class
     domains = [
         ImageSet(
             np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8),
@@ -88,7 +105,7 @@ class Clock:
 
 
 class Trainer:
-    """The loop's step, its parts timed."""
+    """The loop's step, its parts timed: the passes that `Method.update` asks for."""
 
     def __init__(self, name: str, config: Any, device: str, start: int) -> None:
         module = import_module(f"sketchfast.methods.{name}")
@@ -96,8 +113,12 @@ class Trainer:
         self.clock, self.step_number = Clock(device), start
         self.method: Method = get_method(name)(config)
         self.samples: Any = self.method.train_data(DataSpec())
-        self.method.to(device).train()
-        self.optimizer, _ = self.method.optimizer()
+        self.method.to(device)
+        if (ready := self.method.before_training()) is not None:
+            self.method.start_from(ready)
+        self.method.train()
+        optimizers, _ = self.method.optimizer()
+        self.optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         self.module, self.parts = module, PARTS[name]
         self.device = device
         self.batches = np.random.default_rng(0)
@@ -114,15 +135,11 @@ class Trainer:
                 self.clock.wrap(target, attribute, name)
         with self.clock.part("step"):
             with self.clock.part("data"):
-                rows = self.batches.integers(0, len(self.samples), self.method.config.batch_size).tolist()
+                count = self.method.config.batch_size
+                rows = self.batches.choice(len(self.samples), count, replace=False).tolist()
                 batch = self.samples.__getitems__(rows)
-                batch = type(batch)(*(part.to(self.device) for part in batch))
-            loss = self.method.loss(batch, self.step_number)["loss"]
-            with self.clock.part("backward"):
-                self.optimizer.zero_grad()
-                loss.backward()
-            with self.clock.part("optimiser"):
-                self.optimizer.step()
+                self.batch = type(batch)(*(part.to(self.device) for part in batch))
+            self.method.update(self)
         for (owner, attribute), (target, call) in originals.items():
             if owner == "module":
                 setattr(target, attribute, call)
@@ -130,6 +147,17 @@ class Trainer:
                 object.__delattr__(target, attribute)
         self.step_number += 1
         return dict(self.clock.seconds)
+
+    def gradient(self, **options: Any) -> dict[str, torch.Tensor]:
+        losses = self.method.loss(self.batch, self.step_number, **options)
+        with self.clock.part("backward"):
+            self.method.zero_grad()
+            losses["loss"].backward()
+        return {name: value.detach() for name, value in losses.items()}
+
+    def descend(self, optimizer: int = 0, *, more: bool = False) -> None:
+        with self.clock.part("optimiser"):
+            self.optimizers[optimizer].step()
 
 
 def main() -> None:
@@ -140,7 +168,7 @@ def main() -> None:
     parser.add_argument("--preset", default="small", choices=("paper", "small", "tiny"))
     parser.add_argument("--impls", nargs="+", default=["native", "reference"])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--variant", help="of pm_jdot: the row of Table 3")
+    parser.add_argument("--variant", help="of pm_jdot the row of Table 3, of photo_topology the objective")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -148,17 +176,20 @@ def main() -> None:
         spread_pool()
     module = import_module(f"sketchfast.methods.{args.method}")
     config = get_method(args.method).preset(args.preset)
+    variant = "variant" if args.method == "pm_jdot" else "objective"
     if args.variant:
-        config = dataclasses.replace(config, variant=args.variant)
-    images = made_up_images(config)
-    module.read_images = lambda data, config: images  # type: ignore[attr-defined]
+        config = dataclasses.replace(config, **{variant: args.variant})
+    if hasattr(config, "pretrain_steps"):
+        config = dataclasses.replace(config, pretrain_steps=0, weights="random")
+    make_up_data(args.method, module, config)
     # past the k-means start, and with bank and queue full after the warm-up
-    start = config.align_after + 1
+    start = getattr(config, "align_after", 0) + 1
     trainers = {
         impl: Trainer(args.method, dataclasses.replace(config, impl=impl), args.device, start)
         for impl in args.impls
     }
-    warm_up = 2 + max(config.bank_size // config.batch_size, config.queue_size // (2 * config.batch_size))
+    held = max(getattr(config, "bank_size", 0), getattr(config, "queue_size", 0) // 2)
+    warm_up = 2 + held // config.batch_size
     for trainer in trainers.values():
         for _ in range(warm_up if args.device == "cuda" else min(warm_up, 12)):
             trainer.step()
@@ -175,7 +206,7 @@ def main() -> None:
         about = {
             "method": args.method,
             "preset": args.preset,
-            "variant": config.variant,
+            "variant": getattr(config, variant),
             "torch": torch.__version__,
         }
         args.json.write_text(json.dumps({**about, "device": args.device, "seconds": medians}, indent=2))

@@ -311,9 +311,19 @@ def _keyword_flags(function: Callable[..., Any]) -> type:
     fields: list[Any] = []
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
-            flag = typing.Annotated[hints[name], tyro.conf.arg(help=text.get(name))]  # type: ignore[valid-type]
+            kind = Path | None if name in _run_flags(function) else hints[name]
+            flag = typing.Annotated[kind, tyro.conf.arg(help=text.get(name))]  # type: ignore[valid-type]
             fields.append((name, flag, dataclasses.field(default=parameter.default)))
     return dataclasses.make_dataclass("Protocol", fields, frozen=True)
+
+
+def _run_flags(function: Callable[..., Any]) -> set[str]:
+    """The protocol's arguments that are other runs: on the command line their folders."""
+    import typing
+
+    from .methods.base import Method
+
+    return {name for name, hint in typing.get_type_hints(function).items() if hint == (Method | None)}
 
 
 def _evaluate(run: Path, name: str, data: DataSpec, flags: dict[str, Any], accelerator: str) -> list[Table]:
@@ -321,7 +331,7 @@ def _evaluate(run: Path, name: str, data: DataSpec, flags: dict[str, Any], accel
     import torch
 
     from .report import write_report
-    from .runs import load_method, read_results, read_run, update_results
+    from .runs import load_method, read_results, read_run, read_start, update_results
     from .train import spread_pool
 
     device = _device(accelerator)
@@ -332,7 +342,14 @@ def _evaluate(run: Path, name: str, data: DataSpec, flags: dict[str, Any], accel
     with torch.random.fork_rng():
         torch.manual_seed(read_run(run)["run"]["seed"] + 1)  # not the weights that training began from
         untrained = type(method)(method.config).eval()
-    tables = type(method).protocols[name](method.to(device), untrained.to(device), data, **flags)
+    method, untrained = method.to(device), untrained.to(device)
+    if (start := read_start(run)) is not None:
+        untrained.start_from(start)
+    protocol = type(method).protocols[name]
+    loaded = {
+        flag: load_method(flags[flag])[0].to(device) for flag in _run_flags(protocol) if flags.get(flag)
+    }
+    tables = protocol(method, untrained, data, **{**flags, **loaded})
     stored = read_results(run).get("evaluations", {})
     stored[f"{name} on {data.name}"] = {
         "step": step,

@@ -136,6 +136,37 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+START_FILE = "start.pt"
+
+
+def save_start(run: Path, start: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Keep what a method made ready before its first step, with all it was made from."""
+    start = {**start, "identity": _as_text(identity)}
+    _require_plain(start, "start")
+    run.mkdir(parents=True, exist_ok=True)
+    write_whole(run / START_FILE, lambda file: torch.save(start, file))
+
+
+def read_start(run: Path, identity: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+    """What `save_start` kept, on CPU; None where there is nothing, or it was made from something else.
+
+    ValueError where the file is damaged.
+    """
+    path = run / START_FILE
+    if not path.exists():
+        return None
+    try:
+        start = torch.load(path, map_location="cpu", weights_only=True)
+        made_from = start.pop("identity")
+    except Exception as error:  # damage surfaces as any of a dozen types
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+    return start if identity is None or made_from == _as_text(identity) else None
+
+
+def _as_text(identity: Mapping[str, Any]) -> str:
+    return json.dumps(identity, sort_keys=True, default=str)
+
+
 # --------------------------------------------------------------------------------------------------
 # The run folder
 

@@ -7,6 +7,7 @@ What a run leaves behind, all under `RunOptions.out`:
     tensorboard/           the same curve, with rates, and the pictures
     checkpoints/step-*.pt  model, optimiser, schedule, RNG, data position; the newest `keep` of them
     pictures/step-*.png    sample pictures
+    start.pt               what the method made ready before the first step, where it does: weights, a teacher
     results.json           what training and the evaluations came to
 
 Determinism: batch `s` is a function of (seed, s) alone, drawn and augmented under an RNG seeded by (seed, s,
@@ -16,6 +17,7 @@ states are in the checkpoint. So a resumed run repeats an uninterrupted one bit 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
@@ -25,7 +27,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +48,9 @@ from .runs import (
     git_revision,
     list_checkpoints,
     newest_checkpoint,
+    read_start,
     save_checkpoint,
+    save_start,
     update_results,
     versions,
     write_json,
@@ -376,6 +380,9 @@ def train(
     fabric = _launch(options, None if found is None else found[1]["step"] + 1)
     loop = _Loop(fabric, kind, name, preset, config, data, options)
     if found is not None:
+        loop.check_same(*found)
+    loop.make_ready()
+    if found is not None:
         loop.restore(*found)
     fabric.barrier()
     return loop.run()
@@ -431,6 +438,80 @@ def _launch(options: RunOptions, purge_step: int | None) -> Any:
     return fabric
 
 
+#: fields of the config that a resumed run may have otherwise
+_MAY_CHANGE = ("steps", "impl")
+
+
+class _NotFiniteError(Exception):
+    """A loss or gradient of this step is not finite on some rank."""
+
+
+class _Passes:
+    """`base.Passes` over one batch, and what it takes to undo them."""
+
+    def __init__(self, loop: _Loop, batch: Any, stop: bool) -> None:
+        self.loop, self.batch, self.stop = loop, batch, stop
+        #: read from the device at each descent
+        self.losses: dict[str, float] = {}
+        self.norms: dict[str, float] = {}
+        self._unread: list[dict[str, Tensor]] = []
+        self._passes = 0
+        # batch statistics see a bad batch: an average that has taken in a NaN never loses it
+        self._buffers = [buffer.clone() for buffer in loop.method.buffers()]
+        self._undo: list[tuple[int, dict[str, Any], list[Tensor]]] = []
+
+    def gradient(self, **options: Any) -> dict[str, Tensor]:
+        loop = self.loop
+        counted = [] if self._passes == 0 else [buffer.clone() for buffer in loop.method.buffers()]
+        self._passes += 1
+        loop.method.zero_grad(set_to_none=True)
+        losses = loop.module.loss(self.batch, loop.step, **options)
+        loop.fabric.backward(losses["loss"])
+        if counted:
+            self._put_back(loop.method.buffers(), counted)
+        values = {name: value.detach() for name, value in losses.items()}
+        self._unread.append(values)
+        return values
+
+    def descend(self, optimizer: int = 0, *, more: bool = False) -> None:
+        loop = self.loop
+        norm = torch.nn.utils.get_total_norm([p.grad for p in loop.method.parameters() if p.grad is not None])
+        if not self._read(norm, "grad_norm" if optimizer == 0 else f"grad_norm_{optimizer}"):
+            raise _NotFiniteError
+        if more:
+            state = copy.deepcopy(loop.optimizers[optimizer].state_dict())
+            self._undo.append((optimizer, state, [p.detach().clone() for p in loop.method.parameters()]))
+        loop.clip(norm)
+        loop.optimizers[optimizer].step()
+
+    def undo(self) -> None:
+        """Weights, buffers and optimisers as they were before the step."""
+        for optimizer, state, parameters in reversed(self._undo):
+            self._put_back(self.loop.method.parameters(), parameters)
+            self.loop.optimizers[optimizer].load_state_dict(state)
+        self._put_back(self.loop.method.buffers(), self._buffers)
+
+    def _read(self, norm: Tensor, norm_name: str) -> bool:
+        """Read losses and norm in one go; whether they are finite on every rank."""
+        passes, self._unread = self._unread, []
+        named = [item for losses in passes for item in losses.items()]
+        device = self.loop.device
+        tensors = [value.to(device, torch.float32) for value in (*(v for _, v in named), norm)]
+        *numbers, self.norms[norm_name] = torch.stack(tensors).tolist()
+        bad = not math.isfinite(self.norms[norm_name])
+        for (name, _), number in zip(named, numbers, strict=True):
+            self.losses.setdefault(name, number)
+            bad |= name == "loss" and not math.isfinite(number)
+        bad, self.stop = self.loop.any_rank(bad, self.stop)
+        return not bad
+
+    @staticmethod
+    def _put_back(tensors: Iterable[Tensor], before: list[Tensor]) -> None:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+
+
 class _Loop:
     def __init__(
         self,
@@ -474,14 +555,35 @@ class _Loop:
         }
         if fabric.world_size > 1:
             self.method.gather_rows = gather_rows
-        optimizer, self.schedule = self.method.optimizer()
-        self.module, self.optimizer = fabric.setup(self.method, optimizer)
+        optimizers, schedules = self.method.optimizer()
+        #: checkpoints hold one state or a list of them, as the method has one optimiser or a list
+        self.several = isinstance(optimizers, list)
+        self.schedules = [s for s in (schedules if self.several else [schedules]) if s is not None]
+        optimizers = optimizers if self.several else [optimizers]
+        self.module, *self.optimizers = fabric.setup(self.method, *optimizers)
         self.module.mark_forward_method("loss")
         # each rank draws its own noise from here on
         _seed_all(options.seed, fabric.global_rank, device=self.device)
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.seconds = 0.0
         self.last: dict[str, float] = {}
+
+    def make_ready(self) -> None:
+        """Let the method prepare what it trains from, once a run; later ranks and resumes take the file."""
+        if type(self.method).before_training is Method.before_training:
+            return
+        identity = {"method": self.settings["method"], **self.settings["config"], **self.data_identity}
+        identity = {key: value for key, value in identity.items() if key not in _MAY_CHANGE}
+        with self.fabric.rank_zero_first(), _own_rng(self.options.seed, device=self.device):
+            start = read_start(self.options.out, identity)
+            if start is None and (start := self.method.before_training()) is not None:
+                save_start(self.options.out, start, identity)
+                start = read_start(self.options.out, identity)  # on CPU, and as every later reader has it
+            if start is not None:
+                self.method.start_from(start)
+        if start is not None and "about" in start and self.fabric.is_global_zero:
+            self.settings["start"] = start["about"]
+            print(start["about"], file=sys.stderr, flush=True)
 
     # state -----------------------------------------------------------------------------------------------
 
@@ -498,8 +600,8 @@ class _Loop:
             "config": self.settings["config"],
             "data": self.data_identity,
             "model": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "optimizer": self._one_or_list([o.state_dict() for o in self.optimizers]),
+            "schedule": self._one_or_list([s.state_dict() for s in self.schedules]),
             "rng": rng,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
@@ -507,13 +609,15 @@ class _Loop:
             "last": self.last,
         }
 
+    def _one_or_list(self, states: list[Any]) -> Any:
+        return states if self.several else next(iter(states), None)
+
     def restore(self, path: Path, state: Mapping[str, Any]) -> None:
-        """Go on from `state`, after checking that it is of this run."""
-        self._check_same(path, state)
+        """Go on from `state`."""
         self.method.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
+        for kind, parts in (("optimizer", self.optimizers), ("schedule", self.schedules)):
+            for part, saved in zip(parts, state[kind] if self.several else [state[kind]], strict=False):
+                part.load_state_dict(saved)
         self.step, self.skipped = state["step"], state["skipped"]
         self.skipped_in_a_row, self.seconds = state["skipped_in_a_row"], state["seconds"]
         self.last = dict(state["last"])
@@ -532,7 +636,8 @@ class _Loop:
                 if later.name > path.name:  # damaged: out of the way, or `keep` would count it
                     os.replace(later, later.with_name(later.name + ".damaged"))
 
-    def _check_same(self, path: Path, state: Mapping[str, Any]) -> None:
+    def check_same(self, path: Path, state: Mapping[str, Any]) -> None:
+        """ValueError unless `state` is of this run."""
         now = {"method": self.settings["method"], **self.settings["config"]}
         then = {"method": state["method"], **state["config"]}
         now |= self.data_identity
@@ -540,7 +645,7 @@ class _Loop:
         changed = [
             f"{key} was {then.get(key)!r}, is {now.get(key)!r}"
             for key in dict.fromkeys([*then, *now])
-            if key not in ("steps", "impl") and then.get(key) != now.get(key)
+            if key not in _MAY_CHANGE and then.get(key) != now.get(key)
         ]
         if changed:
             raise ValueError(f"{path} is of another run: {'; '.join(changed)}")
@@ -587,39 +692,29 @@ class _Loop:
             yield self.fabric.to_device(batch)
 
     def _step(self, batch: Any, stop: bool) -> bool:
-        """One optimiser step, skipped where loss or gradient is not finite; True if any rank is to stop."""
-        buffers = [buffer.clone() for buffer in self.method.buffers()]
-        self.optimizer.zero_grad(set_to_none=True)
-        losses = self.module.loss(batch, self.step)
-        self.fabric.backward(losses["loss"])
-        gradients = [p.grad for p in self.method.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        metrics = torch.stack(
-            [value.detach().to(self.device, torch.float32) for value in (*losses.values(), norm)]
-        )
-        values = dict(zip((*losses, "grad_norm"), metrics.tolist(), strict=True))
-        bad, stop = self._any_rank(
-            not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])), stop
-        )
-        values["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        if bad:
-            # batch statistics saw the bad batch: an average that has taken in a NaN never loses it
-            for buffer, before in zip(self.method.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-        else:
-            self._clip(norm)
-            self.optimizer.step()
+        """One training step, skipped where a loss or gradient is not finite; True if any rank is to stop."""
+        passes = _Passes(self, batch, stop)
+        try:
+            self.method.update(passes)
             self.skipped_in_a_row = 0
-        if self.schedule is not None:
-            with warnings.catch_warnings():  # a skipped first step is no mistake in the order of calls
-                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-                self.schedule.step()
+        except _NotFiniteError:
+            passes.undo()
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        rate = self.optimizers[0].param_groups[0]["lr"]
+        with warnings.catch_warnings():  # a skipped first step is no mistake in the order of calls
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for schedule in self.schedules:
+                schedule.step()
         self.step += 1
-        self.last = {**values, "skipped": float(self.skipped)}
-        return stop
+        self.last = {
+            **passes.losses,
+            **passes.norms,
+            "learning_rate": rate,
+            "skipped": float(self.skipped),
+        }
+        return passes.stop
 
-    def _clip(self, norm: Tensor) -> None:
+    def clip(self, norm: Tensor) -> None:
         parameters = list(self.method.parameters())
         if self.config.clip_value > 0:
             torch.nn.utils.clip_grad_value_(parameters, self.config.clip_value)
@@ -627,7 +722,7 @@ class _Loop:
         if self.config.clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
 
-    def _any_rank(self, *flags: bool) -> list[bool]:
+    def any_rank(self, *flags: bool) -> list[bool]:
         """Each flag, True where it is True on any rank: all ranks skip and stop together."""
         if self.fabric.world_size == 1:
             return list(flags)

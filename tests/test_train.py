@@ -36,7 +36,7 @@ from sketchfast.runs import (
 from sketchfast.train import BatchOrder, RunOptions, TrainingDivergedError, picture_grid, train
 
 sys.path.insert(0, str(Path(__file__).parent))
-from toy_method import Toy, ToyConfig
+from toy_method import Toy, ToyConfig, ToyData
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -428,6 +428,84 @@ def test_bf16_trains(tmp_path):
     summary = run_toy(tmp_path, options={"precision": "bf16-mixed"})
     assert summary.last["loss"] < 0.1
     assert all(v.dtype != torch.bfloat16 for v in weights(tmp_path, 30)["model"].values())
+
+
+# --- several passes a step --------------------------------------------------------------------------------
+
+
+def test_a_step_of_two_descents_is_both_optimisers_in_turn(tmp_path, monkeypatch):
+    """Against the same two losses descended along in plain torch."""
+    config = ToyConfig(steps=3, noise=0.0, adam=False, second=0.02, batch_norm=False)
+    torch.manual_seed(0)
+    start = Toy(config)
+    monkeypatch.setattr(Toy, "__init__", lambda self, config, make=Toy.__init__: (
+        make(self, config), self.load_state_dict(start.state_dict()))[0])  # fmt: skip
+    run_toy(tmp_path, **dataclasses.asdict(config))
+    plain, data = Toy(config), ToyData(config)
+    order = BatchOrder(50, 8, 0)
+    for step in range(3):
+        for which, rate in ((0, 1e-2), (1, 0.02)):
+            plain.zero_grad()
+            plain.loss(data.__getitems__(order.indices(step)), step, which)["loss"].backward()
+            for p in plain.parameters():
+                p.data -= rate * 0.99**step * p.grad
+    for name, value in weights(tmp_path, 3)["model"].items():
+        torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-5, atol=1e-7)
+    assert list(curve(tmp_path)[0]) == [
+        *("step", "loss", "error", "size", "grad_norm", "grad_norm_1", "learning_rate", "skipped")
+    ]
+
+
+def test_running_statistics_take_in_one_pass_a_step(tmp_path):
+    run_toy(tmp_path, steps=7, second=1e-4)
+    assert weights(tmp_path, 7)["model"]["body.2.num_batches_tracked"].item() == 7
+
+
+@pytest.mark.parametrize("bad_pass", [0, 1])
+def test_a_skipped_step_of_several_descents_is_undone_whole(tmp_path, bad_pass):
+    run_toy(tmp_path, steps=14, second=1e-3, bad_from=10, bad_pass=bad_pass)
+    before, after = weights(tmp_path, 10), weights(tmp_path, 14)
+    assert after["skipped"] == 4
+    assert_same(before["model"], after["model"])
+    for a, b in zip(before["optimizer"], after["optimizer"], strict=True):
+        assert_same(a["state"], b["state"])
+    first = run_toy(tmp_path / "first", steps=2, second=1e-3, bad_from=0, bad_pass=bad_pass)
+    assert first.skipped_steps == 2
+    assert weights(tmp_path / "first", 2)["optimizer"][0]["state"] == {}
+
+
+def test_resume_of_several_optimisers_is_bit_exact(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_toy(whole, second=1e-4)
+    run_toy(parts, second=1e-4, steps=11)
+    run_toy(parts, second=1e-4, resume=True)
+    assert_same(weights(whole, 30), weights(parts, 30), ignore=("seconds",))
+
+
+# --- a start made ready -----------------------------------------------------------------------------------
+
+
+def test_a_start_is_made_once_and_kept(tmp_path, monkeypatch, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_toy(whole, start=True)
+    assert "a new head" in capsys.readouterr().err
+    assert runs.read_run(whole)["start"] == "a new head"
+    run_toy(parts, start=True, steps=12)
+    kept = runs.read_start(parts)
+    assert torch.equal(kept["head"], runs.read_start(whole)["head"])
+    monkeypatch.setattr(Toy, "before_training", lambda self: pytest.fail("made again"))
+    run_toy(parts, start=True, resume=True)
+    assert_same(weights(whole, 30), weights(parts, 30), ignore=("seconds",))
+    (parts / "start.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"start\.pt is damaged"):
+        run_toy(parts, start=True, resume=True, steps=40)
+
+
+def test_making_a_start_moves_no_random_numbers(tmp_path, monkeypatch):
+    run_toy(tmp_path / "one", steps=10)
+    monkeypatch.setattr(Toy, "start_from", lambda self, start: None)
+    run_toy(tmp_path / "two", steps=10, start=True)
+    assert_same(weights(tmp_path / "one", 10)["model"], weights(tmp_path / "two", 10)["model"])
 
 
 # --- threads ----------------------------------------------------------------------------------------------

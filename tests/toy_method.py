@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import sketchfast.methods
-from sketchfast.methods.base import DataSpec, Method, Table, TrainConfig
+from sketchfast.methods.base import DataSpec, Method, Passes, Table, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class ToyConfig(TrainConfig):
     """batch normalisation"""
     adam: bool = True
     """Adam, else plain gradient descent, which does not blow up rounding"""
+    second: float = 0.0
+    """rate of a second descent of each step, along the weights' decay; 0 = none"""
+    bad_pass: int = 0
+    """which pass of a step the non-finite loss is in"""
+    start: bool = False
+    """make a start ready before the first step"""
 
 
 class ToyData(torch.utils.data.Dataset):
@@ -77,7 +84,7 @@ class Toy(Method):
             raise ValueError(f"data must be procedural, got {data.name!r}")
         return ToyData(self.config)
 
-    def loss(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    def loss(self, batch: dict[str, Tensor], step: int, which: int = 0) -> dict[str, Tensor]:
         time.sleep(self.config.pause)
         hidden = self.body(batch["image"])
         hidden = hidden + self.config.noise * torch.randn_like(hidden)
@@ -86,14 +93,35 @@ class Toy(Method):
             error = self.gather_rows(error)
             error = error - error.mean() + error.std()
         loss = error.square().mean()
+        losses = {"loss": loss, "error": error.abs().mean()}
+        if which:
+            size = sum(p.square().sum() for p in self.parameters())
+            losses = {"loss": 0 * loss + size, "size": size}
         if self.config.bad_from <= step < self.config.bad_to and self.config.bad_from >= 0:
-            loss = loss * float("nan")
-        return {"loss": loss, "error": error.abs().mean()}
+            losses["loss"] = losses["loss"] * (float("nan") if which == self.config.bad_pass else 1.0)
+        return losses
 
-    def optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    def update(self, passes: Passes) -> None:
+        passes.gradient()
+        passes.descend(more=self.config.second > 0)
+        if self.config.second > 0:
+            passes.gradient(which=1)
+            passes.descend(1)
+
+    def before_training(self) -> dict[str, Any] | None:
+        return (
+            {"head": torch.rand_like(self.head.weight), "about": "a new head"} if self.config.start else None
+        )
+
+    def start_from(self, start: dict[str, Any]) -> None:
+        self.head.weight.data.copy_(start["head"])
+
+    def optimizer(self) -> tuple[Any, Any]:
         kind = torch.optim.Adam if self.config.adam else torch.optim.SGD
-        optimizer = kind(self.parameters(), lr=self.config.learning_rate)
-        return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)
+        rates = [self.config.learning_rate, self.config.second]
+        optimizers = [kind(self.parameters(), lr=rate) for rate in rates[: 1 + (self.config.second > 0)]]
+        schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.99) for o in optimizers]
+        return (optimizers, schedules) if self.config.second > 0 else (optimizers[0], schedules[0])
 
     def pictures(self, batch: dict[str, Tensor], count: int = 8) -> dict[str, Tensor]:
         images = batch["image"][:count, 0]

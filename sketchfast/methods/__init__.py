@@ -6,7 +6,7 @@ from importlib import import_module
 
 from .base import Method
 
-METHODS = {"pm_jdot": "PMJDOT", "sketchembednet": "SketchEmbedNet"}
+METHODS = {"photo_topology": "PhotoTopology", "pm_jdot": "PMJDOT", "sketchembednet": "SketchEmbedNet"}
 
 
 def get_method(name: str) -> type[Method]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..ops._contract import check_integer, check_number
@@ -62,6 +64,28 @@ class Table:
     """caption -> PNG, written into the run folder and shown under the table"""
 
 
+class Passes(Protocol):
+    """What the loop lends to `Method.update` for one training step: passes over the same batch.
+
+    Whatever it does with them, the step counts as one and is atomic: where a loss or gradient is not finite
+    on any rank, `descend` does not return, and weights, buffers and optimisers are as before the step.
+    """
+
+    def gradient(self, **options: Any) -> dict[str, Tensor]:
+        """`Method.loss(batch, step, **options)` at the weights as they are now, and its values, detached.
+
+        Puts the gradient of `loss`, averaged over the ranks, into every parameter's `.grad`. Running
+        statistics take in the step's first pass only. A value is logged under its name by the first pass of
+        the step that has one of that name.
+        """
+
+    def descend(self, optimizer: int = 0, *, more: bool = False) -> None:
+        """Clip what stands in `.grad`, and take a step of that one of the optimisers.
+
+        `more`: another pass follows in this training step, so that this one may yet have to be undone.
+        """
+
+
 def _own_rows(rows: Tensor) -> Tensor:
     """One rank's batch is the global batch: `gather_rows` where there is nothing to gather."""
     return rows
@@ -77,7 +101,9 @@ class Method(nn.Module):
     #: `embed` takes RGB images as they are, sketches dark on white; else ink alone, ink = 1
     takes_colour: ClassVar[bool] = False
     #: protocol name -> function(method, untrained, data, **flags) -> tables; `untrained` has the same
-    #: config and fresh weights, so that each table carries its own baseline
+    #: config and fresh weights, or those the run started from where it kept them (`before_training`), so
+    #: that each table carries its own baseline. A keyword-only argument is a flag; one annotated
+    #: `Method | None` is on the command line the folder of another run
     protocols: ClassVar[dict[str, Callable[..., list[Table]]]] = {}
 
     def __init__(self, config: TrainConfig) -> None:
@@ -104,9 +130,30 @@ class Method(nn.Module):
         """The batch's losses: `loss` is the one to minimise, the others are logged beside it."""
         raise NotImplementedError
 
-    def optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler | None]:
-        """The paper's optimiser and, stepped once a training step, its schedule."""
+    def optimizer(self) -> tuple[Any, Any]:
+        """The paper's optimiser and, stepped once a training step, its schedule or None.
+
+        A method whose `update` takes several returns two lists of equal length.
+        """
         raise NotImplementedError
+
+    def update(self, passes: Passes) -> None:
+        """One training step: one gradient, one descent. Methods that nest or alternate losses override it."""
+        passes.gradient()
+        passes.descend()
+
+    def before_training(self) -> dict[str, Any] | None:
+        """What has to be computed once before the first step, as plain containers of tensors; None: nothing.
+
+        Called after `train_data`, with the network on its device, by one rank alone and not on a resume: the
+        result is kept as start.pt in the run folder, and every rank's `start_from` gets it, then and on each
+        resume. A value under "state_dict" makes start.pt a file of weights that timm reads; "about" is a line
+        of text to be shown.
+        """
+        return None
+
+    def start_from(self, start: dict[str, Any]) -> None:
+        """Take over what `before_training` returned, its tensors on CPU; must draw no random numbers."""
 
     def pictures(self, batch: Any, count: int = 8) -> dict[str, Tensor]:
         """Pictures of a batch: caption -> images [n, H, W] in [0, 1], ink = 1; the i-th of each match."""
@@ -119,3 +166,29 @@ class Method(nn.Module):
     def draw(self, images: Tensor, *, temperature: float = 0.0, seed: int = 0) -> list[Any]:
         """Sketches drawn from images [B, C, H, W]; temperature 0 takes the most likely point each time."""
         raise NotImplementedError
+
+
+def embed_images(method: Method, images: NDArray[np.uint8], batch_size: int = 256) -> NDArray[np.float32]:
+    """Embeddings [N, D] of images [N, H, W, 3] by a method that takes colour, in evaluation mode."""
+    device, training = next(method.parameters()).device, method.training
+    method.eval()
+    parts = [
+        method.embed(as_tensor(images[start : start + batch_size]).to(device).float() / 255).float().cpu()
+        for start in range(0, len(images), batch_size)
+    ]
+    method.train(training)
+    return torch.cat(parts).numpy()
+
+
+def as_tensor(images: NDArray[np.uint8]) -> Tensor:
+    """Images [B, H, W, 3] as a tensor [B, 3, H, W] of their own memory order (channels last)."""
+    return torch.from_numpy(np.require(images, requirements=["C", "W"])).permute(0, 3, 1, 2)
+
+
+def different_settings(config: TrainConfig, paper: TrainConfig, told: Collection[str]) -> list[str]:
+    """Each field of `config` in which it differs from `paper`, but for those in `told`."""
+    return [
+        f"{f.name} {getattr(config, f.name)} (default {getattr(paper, f.name)})"
+        for f in fields(config)
+        if f.name not in told and getattr(config, f.name) != getattr(paper, f.name)
+    ]

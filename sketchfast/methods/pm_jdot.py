@@ -9,9 +9,7 @@ takes SwAV's defaults, and is a field of the config.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -20,15 +18,23 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..models.views import ViewSettings, random_view, to_grey
+from ..models.backbones import Pixels, create_backbone, load_backbone
+from ..models.views import ViewSettings, random_view
 from ..ops._contract import check_integer, check_number, full_precision
 from ..ops.sinkhorn import sinkhorn, swav_assign
-from .base import PRESETS, DataSpec, Method, Table, TrainConfig
+from .base import (
+    PRESETS,
+    DataSpec,
+    Method,
+    Table,
+    TrainConfig,
+    as_tensor,
+    different_settings,
+    embed_images,
+)
 
 if TYPE_CHECKING:
     from ..data.images import ImageSet, RetrievalSplit, SketchPhotoSet
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Variant(NamedTuple):
@@ -235,7 +241,7 @@ class SketchPhotoBatches(torch.utils.data.Dataset):
             for seed, (name, images) in enumerate((("sketches", self.sketches), ("photos", self.photos)))
         }
         self.skipped = dict(data.skipped)
-        self.fingerprint = _fingerprint(data)
+        self.fingerprint = data.fingerprint()
 
     def __len__(self) -> int:
         return self.length
@@ -246,25 +252,9 @@ class SketchPhotoBatches(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> ImageBatch:
         at = np.asarray(indices, dtype=np.int64)
         return ImageBatch(
-            _as_tensor(self.sketches[self.rows["sketches"][at]]),
-            _as_tensor(self.photos[self.rows["photos"][at]]),
+            as_tensor(self.sketches[self.rows["sketches"][at]]),
+            as_tensor(self.photos[self.rows["photos"][at]]),
         )
-
-
-def _as_tensor(images: NDArray[np.uint8]) -> Tensor:
-    """Images [B, H, W, 3] as a tensor [B, 3, H, W] of their own memory order (channels last)."""
-    return torch.from_numpy(np.require(images, requirements=["C", "W"])).permute(0, 3, 1, 2)
-
-
-def _fingerprint(data: SketchPhotoSet) -> str:
-    """A digest of both domains' names and of a MiB of pixels at either end: all of them would take long."""
-    digest = hashlib.blake2b(digest_size=16)
-    for domain in (data.sketches, data.photos):
-        rows = max(1, (1 << 20) // domain.images[0].size)
-        digest.update("\n".join(domain.names).encode())
-        for part in (domain.images[:rows], domain.images[-rows:]):
-            digest.update(np.ascontiguousarray(part).tobytes())
-    return digest.hexdigest()
 
 
 DATA_NAMES = ("procedural", "sketch_photo", "sketchy", "sketchy_extended", "tuberlin_extended")
@@ -348,25 +338,19 @@ class PMJDOT(Method):
     filled: Tensor
     steps_trained: Tensor
     training_images: Tensor
-    pixel_mean: Tensor
-    pixel_std: Tensor
 
     def __init__(self, config: PMJDOTConfig) -> None:
         super().__init__(config)
-        import timm
-
         size, parts = config.feature_size, config.parts
-        try:
-            self.backbone = timm.create_model(config.backbone, pretrained=False, num_classes=0)
-        except RuntimeError as error:  # timm's word for a name it does not know
-            raise ValueError(f"backbone must be a timm model, got {config.backbone!r}: {error}") from error
+        self.backbone = create_backbone(config.backbone)
         width: int = self.backbone.num_features  # type: ignore[assignment]
         self.head: nn.Module = nn.Linear(width, size)
         if config.head == "mlp":
             self.head = nn.Sequential(
                 nn.Linear(width, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, size)
             )
-        self.backbone.to(memory_format=torch.channels_last)
+        # as every view in training
+        self.pixels = Pixels(grey=config.grey == 1, standardise=config.standardise)
         #: U, each row of length 1
         self.prototypes = nn.Parameter(F.normalize(torch.randn(config.prototypes, size), dim=1))
         #: newest first, of each of the two views
@@ -378,8 +362,6 @@ class PMJDOT(Method):
         # what a table of results must say of the training; in the checkpoint with the weights
         self.register_buffer("steps_trained", torch.zeros((), dtype=torch.int64))
         self.register_buffer("training_images", torch.zeros(2, dtype=torch.int64))
-        for name, values in (("pixel_mean", IMAGENET_MEAN), ("pixel_std", IMAGENET_STD)):
-            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self._training_photos: NDArray[np.uint8] | None = None
         self._steps_per_epoch: int | None = None
 
@@ -442,36 +424,7 @@ class PMJDOT(Method):
 
     def load_weights(self) -> None:
         """Put the configured start weights into the backbone; ValueError where they do not fit it."""
-        config = self.config
-        if config.weights == "random":
-            return
-        import timm
-
-        if config.weights == "timm":
-            found = timm.create_model(config.backbone, pretrained=True, num_classes=0).state_dict()
-        else:
-            if not Path(config.weights).is_file():
-                raise ValueError(
-                    f"weights must be random, timm or a file that exists, got {config.weights!r}"
-                )
-            try:
-                found = timm.models.load_state_dict(config.weights, use_ema=False, weights_only=True)
-            except Exception as error:  # torch and safetensors raise a dozen kinds for what is no such file
-                raise ValueError(
-                    f"weights must be a file of tensors, got {config.weights}: {error!r}"
-                ) from error
-        try:
-            missing = self.backbone.load_state_dict(found, strict=False).missing_keys
-        except RuntimeError as error:  # a shape that differs
-            raise ValueError(
-                f"weights must fit {config.backbone}, got {config.weights!r}: {error}"
-            ) from error
-        missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-        if missing:
-            raise ValueError(
-                f"weights must hold every tensor of {config.backbone}, got {config.weights!r} without "
-                f"{len(missing)} of them, {missing[0]} the first"
-            )
+        load_backbone(self.backbone, self.config.backbone, self.config.weights)
 
     # ---- network -------------------------------------------------------------------------------------------
 
@@ -485,14 +438,7 @@ class PMJDOT(Method):
 
     def features(self, images: Tensor) -> Tensor:
         """Features x [B, D] of length 1, float32, of images [B, 3, S, S] in [0, 1]."""
-        if self.config.grey == 1:  # as every view in training
-            images = to_grey(images)
-        if self.config.standardise:
-            variance, mean = torch.var_mean(images, dim=(1, 2, 3), correction=0, keepdim=True)
-            images = (images - mean) / (variance + 1e-4).sqrt()
-        else:
-            images = (images - self.pixel_mean) / self.pixel_std
-        pixels = images.contiguous(memory_format=torch.channels_last)
+        pixels = self.pixels(images)
         return F.normalize(self.head(self.backbone(pixels)).float(), dim=-1)
 
     def probabilities(self, x: Tensor, prototypes: Tensor) -> Tensor:
@@ -702,18 +648,6 @@ class PMJDOT(Method):
         }
 
 
-def embed_images(method: PMJDOT, images: NDArray[np.uint8], batch_size: int = 256) -> NDArray[np.float32]:
-    """Features [N, D] of images [N, H, W, 3], in evaluation mode, on the method's device."""
-    device, training = method.prototypes.device, method.training
-    method.eval()
-    parts = [
-        method.embed(_as_tensor(images[start : start + batch_size]).to(device).float() / 255).cpu()
-        for start in range(0, len(images), batch_size)
-    ]
-    method.train(training)
-    return torch.cat(parts).numpy()
-
-
 # ---- the paper's protocol ----------------------------------------------------------------------------------
 
 #: Table 3 of the paper (v1 and v5 are also Table 1's SwAV and Ours): percent, by data set
@@ -861,11 +795,7 @@ def training_facts(method: PMJDOT) -> str:
         facts += "; the untrained network has random weights, not those"
     if config.align_after:
         facts += f", the first {config.align_after} of them SwAV alone"
-    different = [
-        f"{name} {getattr(config, name)} (default {getattr(paper, name)})"
-        for name in (field.name for field in fields(config))
-        if name not in _TOLD_ELSEWHERE and getattr(config, name) != getattr(paper, name)
-    ]
+    different = different_settings(config, paper, _TOLD_ELSEWHERE)
     if not different:
         return f"{facts}."
     return (
