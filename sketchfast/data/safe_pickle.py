@@ -196,7 +196,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _check_memo(data: bytes) -> None:
     """The unpickler takes memory for as many memo entries as the largest index says, before any is used."""
     for opcode, index, _ in pickletools.genops(data):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and index > len(data):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (index or 0) > len(data):
             raise UnsafePickleError(f"pickle of {len(data)} bytes asks for memo entry {index}")
 
 
