@@ -25,7 +25,8 @@ for samples in (None, 5):
     query, gallery = (batch[name][own].clone().requires_grad_() for name in ("query", "gallery"))
     indices = gather_rows(batch["indices"][own])
     queries, photos = gather_rows(query), gather_rows(gallery)
-    loss = sf.ranking_triplet_loss(queries, photos, batch["teacher"], indices=indices, samples=samples, seed=3)
+    teacher = batch["teacher"]
+    loss = sf.ranking_triplet_loss(queries, photos, teacher, indices=indices, samples=samples, seed=3)
     loss = loss + sf.triplet_loss(queries, photos, mining="semihard")
     loss.backward()
     found = {"loss": loss.detach(), "query": query.grad / 2, "gallery": gallery.grad / 2}  # DDP averages
