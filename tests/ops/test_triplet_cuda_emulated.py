@@ -270,6 +270,14 @@ def test_rounding_decides(library, way):
     )
 
 
+def test_a_margin_that_rounding_swallows(library, way):
+    """Equal distances, so large for the margin that none is active, a column's own among them."""
+    dist, teacher = torch.full((9, 9), 0.5), random_matrices(9, levels=2)[1]
+    out = Emulated(library, shared_limit=way[1]).matrix(dist, teacher, 1e-8, way[0])
+    assert out["loss"] == 0
+    assert not out["weights"].any()
+
+
 def test_infinite_and_signed_zero(library, way):
     dist, teacher = random_matrices(40, levels=3)
     dist[3, 5], dist[4, 6:9], dist[5] = torch.inf, torch.inf, torch.inf
