@@ -522,6 +522,21 @@ def test_a_full_queue(library):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_many_samples_of_one_pair(library):
+    """Added up in float64: the same term thousands of times."""
+    query, gallery = random_embeddings(3, 9)
+    seed, scale, samples = torch.tensor(7), torch.tensor(0.1), 4000
+    j, k = reference.sampled_pairs(seed, 3, samples)
+    active = torch.where(j < k, 1, -1).to(torch.int8)
+    ours = Emulated(library).backward(
+        "sampled", query, gallery, scale, active_in=active, seed=seed, samples=samples, squared=True
+    )
+    sign = scale * active
+    _check_gradients(
+        ours, lambda d: (sign.to(d) * (d.gather(1, j) - d.gather(1, k))).sum(), query, gallery, True
+    )
+
+
 # --- pairs -------------------------------------------------------------------------------------------------
 
 
