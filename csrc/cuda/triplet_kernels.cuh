@@ -394,13 +394,25 @@ struct WideKey {  // of 32-bit words, which leave no gaps
   }
 };
 
+// Tells the compiler that an address is one of shared memory: loads of any memory are slower.
+template <typename T>
+__device__ inline T* in_shared(T* address) {
+#if defined(__CUDACC__)
+  __builtin_assume(__isShared(address));
+#endif
+  return address;
+}
+
 // How many of `count` leading elements are so, where none is after the first that is not.
 template <typename Test>
 __device__ inline int leading(int count, Test test) {
   int found = 0;
-  for (int step = 1 << (31 - __clz(count | 1)); step > 0; step /= 2) {
-    if (found + step <= count && test(found + step - 1)) found += step;
+  while (count > 1) {  // between `found` and `found + count` of them
+    const int half = count / 2;
+    if (test(found + half - 1)) found += half;
+    count -= half;
   }
+  if (count > 0 && test(found)) ++found;
   return found;
 }
 
@@ -417,33 +429,29 @@ struct Halves {
 
 // Shared memory of an anchor. Sorting goes from one half of it to the other and back; then the half
 // that is free takes counts and distances, and the keys make room for the tree's second half.
+// Halves are offsets from one address, so that the compiler knows that all this is shared memory.
 template <typename Key>
 struct RowMemory {
   Reduction* reduction;
-  Key *keys, *free_keys;
-  uint16_t *columns, *free_columns;
-  int count, padded;
+  Key* all_keys;                // of both halves
+  uint16_t* all_columns;        // likewise
+  int count, padded, used = 0;  // used: where the half that holds the row begins, 0 or `padded`
 
   SKETCHFAST_HD RowMemory(unsigned char* base, size_t* bytes, int64_t columns_of_row) {
     Arena arena{base, 0};
     count = static_cast<int>(columns_of_row);
     padded = (count + 3) / 4 * 4;
     reduction = arena.take<Reduction>(1);
-    keys = arena.take<Key>(padded);
-    columns = arena.take<uint16_t>(padded);
-    free_keys = arena.take<Key>(padded);
-    free_columns = arena.take<uint16_t>(padded);
+    all_keys = arena.take<Key>(2 * padded);
+    all_columns = arena.take<uint16_t>(2 * padded);
     if (bytes) *bytes = arena.used;
   }
 
-  __device__ void swap() {
-    Key* const other_keys = free_keys;
-    uint16_t* const other_columns = free_columns;
-    free_keys = keys;
-    free_columns = columns;
-    keys = other_keys;
-    columns = other_columns;
-  }
+  __device__ Key* keys() const { return in_shared(all_keys + used); }
+  __device__ Key* free_keys() const { return all_keys + (padded - used); }
+  __device__ uint16_t* columns() const { return all_columns + used; }
+  __device__ uint16_t* free_columns() const { return all_columns + (padded - used); }
+  __device__ void swap() { used = padded - used; }
 };
 
 // 1 where a > b, both finite: the sign of a difference, which is half the cost of a comparison.
@@ -527,7 +535,7 @@ __device__ inline int64_t count_tree(int count, float margin, Block from, Block 
       const uint16_t p = from.position[at];
       int place;
       if (at < h.middle) {  // nearer to the teacher: drawn near, those of the other half pushed off
-        const float* other = from.dist + h.middle;
+        const float* other = in_shared(from.dist + h.middle);
         const int rank = leading(h.end - h.middle, [&](int k) { return other[k] < mine; });
         const int more = leading(h.end - h.middle - rank,
                                  [&](int k) { return is_active(mine, other[rank + k], margin); });
@@ -535,7 +543,7 @@ __device__ inline int64_t count_tree(int count, float margin, Block from, Block 
         active += 2 * (rank + more);
         place = at + rank;
       } else {
-        const float* other = from.dist + h.first;
+        const float* other = in_shared(from.dist + h.first);
         const int rank = leading(h.middle - h.first, [&](int j) { return !(mine < other[j]); });
         const int idle = leading(rank, [&](int j) { return !is_active(other[j], mine, margin); });
         counts[p] -= 2 * (h.middle - h.first - idle);
@@ -599,8 +607,8 @@ __device__ inline bool load_row(const CountParams& p, int64_t i, const RowMemory
     const float d = p.dist[i * p.batch + j];
     const double g = p.teacher.at(i, j);
     nan = nan || d != d || g != g;
-    memory.keys[k] = Key::of(g, d);
-    memory.columns[k] = static_cast<uint16_t>(j);
+    memory.keys()[k] = Key::of(g, d);
+    memory.columns()[k] = static_cast<uint16_t>(j);
   }
   return nan;
 }
@@ -609,7 +617,7 @@ __device__ inline bool load_row(const CountParams& p, int64_t i, const RowMemory
 template <typename Key>
 __device__ inline void sort_row(RowMemory<Key>& memory) {
   for (int length = 1; length < memory.count; length *= 2) {
-    const Key* keys = memory.keys;
+    const Key* keys = memory.keys();
     for (int at = threadIdx.x; at < memory.count; at += blockDim.x) {
       const Halves h(at, length, memory.count);
       const Key mine = keys[at];
@@ -620,8 +628,8 @@ __device__ inline void sort_row(RowMemory<Key>& memory) {
         to = h.first + (at - h.middle) +
              leading(h.middle - h.first, [&](int k) { return !(mine < keys[h.first + k]); });
       }
-      memory.free_keys[to] = mine;
-      memory.free_columns[to] = memory.columns[at];
+      memory.free_keys()[to] = mine;
+      memory.free_columns()[to] = memory.columns()[at];
     }
     memory.swap();
     __syncthreads();
@@ -658,13 +666,13 @@ template <typename Key>
 __device__ inline void count_row(const CountParams& p, int64_t i, const RowMemory<Key>& memory,
                                  double* sum, int64_t* active) {
   const int count = memory.count, padded = memory.padded;
-  const Block by_position{reinterpret_cast<float*>(memory.free_keys), memory.free_columns};
-  float* const second = reinterpret_cast<float*>(memory.keys);
+  const Block by_position{reinterpret_cast<float*>(memory.free_keys()), memory.free_columns()};
+  float* const second = reinterpret_cast<float*>(memory.keys());
   int32_t* counts = reinterpret_cast<int32_t*>(by_position.dist + padded);
   bool finite = true;
   for (int at = threadIdx.x; at < count; at += blockDim.x) {
-    const float d = memory.keys[at].dist(), reach = d + p.margin;
-    counts[at] = count_run(memory.keys, count, at, p.margin, active);
+    const float d = memory.keys()[at].dist(), reach = d + p.margin;
+    counts[at] = count_run(memory.keys(), count, at, p.margin, active);
     by_position.dist[at] = d;
     by_position.position[at] = static_cast<uint16_t>(at);
     finite = finite && d - d == 0 && reach - reach == 0;
@@ -685,7 +693,7 @@ __device__ inline void count_row(const CountParams& p, int64_t i, const RowMemor
     __syncthreads();
   }
   for (int at = threadIdx.x; at < count; at += blockDim.x) {
-    const int64_t to = i * p.batch + memory.columns[at];
+    const int64_t to = i * p.batch + memory.columns()[at];
     p.weights[to] = counts[at];
     *sum += weighted(counts[at], p.dist[to]);
   }

@@ -31,9 +31,9 @@ struct Loss {
 template <typename Context>
 Totals totals_of(Context& context, const Loss& loss, int64_t ctas, double margin = 0) {
   Totals totals{};
-  totals.sums = scratch<double>(context, ctas);
-  totals.counts = scratch<int64_t>(context, ctas);
-  totals.ticket = scratch<unsigned>(context, 1);
+  totals.sums = scratch<double>(context, 2 * ctas + 1);  // one allocation, for a short call
+  totals.counts = reinterpret_cast<int64_t*>(totals.sums + ctas);
+  totals.ticket = reinterpret_cast<unsigned*>(totals.counts + ctas);
   totals.loss = loss.loss;
   totals.considered = loss.considered;
   totals.margin = margin;

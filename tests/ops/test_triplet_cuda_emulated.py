@@ -223,6 +223,9 @@ def test_weights(library, way, batch, levels):
     if batch == 300 and shared < H200_SHARED:
         batch = 280  # more than a CTA of columns, in a test's time
     dist, teacher = random_matrices(batch, levels=levels)
+    if levels:  # a row with a NaN is counted column by column: with these a diagonal that is read shows too
+        dist.fill_diagonal_(0.25)
+        teacher.fill_diagonal_(0.25)
     out = Emulated(library, shared_limit=shared).matrix(dist, teacher, 0.125, tree_from)
     check_matrix(out, dist, teacher, 0.125)
 
@@ -265,6 +268,14 @@ def test_rounding_decides(library, way):
     check_matrix(
         Emulated(library, shared_limit=way[1]).matrix(dist, teacher, 0.1, way[0]), dist, teacher, 0.1
     )
+
+
+def test_a_margin_that_rounding_swallows(library, way):
+    """Equal distances, so large for the margin that none is active, a column's own among them."""
+    dist, teacher = torch.full((9, 9), 0.5), random_matrices(9, levels=2)[1]
+    out = Emulated(library, shared_limit=way[1]).matrix(dist, teacher, 1e-8, way[0])
+    assert out["loss"] == 0
+    assert not out["weights"].any()
 
 
 def test_infinite_and_signed_zero(library, way):
@@ -509,6 +520,21 @@ def test_a_full_queue(library):
     _check_gradients(results[0], lambda d: (d.gather(1, j) - d.gather(1, k)).sum(), query, gallery, False)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_many_samples_of_one_pair(library):
+    """Added up in float64: the same term thousands of times."""
+    query, gallery = random_embeddings(3, 9)
+    seed, scale, samples = torch.tensor(7), torch.tensor(0.1), 4000
+    j, k = reference.sampled_pairs(seed, 3, samples)
+    active = torch.where(j < k, 1, -1).to(torch.int8)
+    ours = Emulated(library).backward(
+        "sampled", query, gallery, scale, active_in=active, seed=seed, samples=samples, squared=True
+    )
+    sign = scale * active
+    _check_gradients(
+        ours, lambda d: (sign.to(d) * (d.gather(1, j) - d.gather(1, k))).sum(), query, gallery, True
+    )
 
 
 # --- pairs -------------------------------------------------------------------------------------------------
