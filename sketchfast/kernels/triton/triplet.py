@@ -48,6 +48,7 @@ _COUNT_TILE = (64, 32)  # columns j and k
 _UNROLL = {16: 16, 32: 8, 64: 4}  # by tile: coordinates, or rows, between two looks at a loop's end
 _ENTRIES, _WIDTH = 32, 128  # entries and coordinates a program looks at together
 _LINE = 1024  # of a row that is only walked
+_SPARE_BITS = {torch.float16: 13, torch.bfloat16: 16}  # of a float32, that hold nothing of such a number
 
 
 def counting(batch: int, tree_from: int) -> str:
@@ -865,9 +866,6 @@ def _count(dist: Tensor, teacher: _Teacher, margin: float, tree_from: int) -> tu
             BLOCK_J=_COUNT_TILE[0], BLOCK_K=_COUNT_TILE[1], enable_fp_fusion=True,
         )  # fmt: skip
     return _loss(parts, batch * (batch - 1) * (batch - 2)), weights
-
-
-_SPARE_BITS = {torch.float16: 13, torch.bfloat16: 16}
 
 
 def triplet_ranking_fwd(
