@@ -7,7 +7,7 @@ counts; backward forms it again.
 
 All triplets. `counting` picks how the integers W are found:
 
-pairs. A program takes an anchor and a block of columns j and walks all k: about ten instructions a triplet.
+pairs. A program takes an anchor and a block of columns j and walks all k: some twelve instructions each.
 tree. One program an anchor at a time, its row in registers, O(B log B) an anchor:
     1. sort the columns by distance; by binary search, how many each has in reach of its own distance plus
        margin, and how many do not reach it: both are thresholds of the rank, as rounding is monotone.
@@ -20,9 +20,9 @@ tree. One program an anchor at a time, its row in registers, O(B log B) an ancho
     With s = sign(teacher_k - teacher_j) an active pair counts 1 + s times: 2 if strict, 1 for a tie. The
     anchor, columns past the end and NaN distances sort last and are out of every count.
 
-Estimated for an H200, all anchors, distances not included: pairs 1.5, 6, 45, 370 us at B = 128, 256, 512,
-1024; tree 30, 120, 700, 3300 us at B = 1024, 2048, 4096, 8192 (twice the last step where teacher distances
-are equal). Not measured. Above _TREE_MOST columns, which one program cannot hold, pairs again.
+Estimated for an H200 from the instructions of the cubins, without distances, not measured: pairs 2, 7, 55,
+440 us at B = 128, 256, 512, 1024; tree 70, 450, 1200, 4500 us at B = 1024, 2048, 4096, 8192 (its last step
+twice where teacher distances are equal). Above _TREE_MOST columns, which no program can hold, pairs again.
 
 Sampled and chosen triplets leave two entries each, (anchor, column, coefficient). Gradients are sums over the
 entries of a row, the gallery's after a stable sort by column: a fixed order and no atomics.
