@@ -7,7 +7,7 @@ counts; backward forms it again.
 
 All triplets. `counting` picks how the integers W are found:
 
-pairs. A program takes an anchor and a block of columns j and walks all k: about ten instructions a triplet.
+pairs. A program takes an anchor and a block of columns j and walks all k: some twelve instructions each.
 tree. One program an anchor at a time, its row in registers, O(B log B) an anchor:
     1. sort the columns by distance; by binary search, how many each has in reach of its own distance plus
        margin, and how many do not reach it: both are thresholds of the rank, as rounding is monotone.
@@ -20,9 +20,9 @@ tree. One program an anchor at a time, its row in registers, O(B log B) an ancho
     With s = sign(teacher_k - teacher_j) an active pair counts 1 + s times: 2 if strict, 1 for a tie. The
     anchor, columns past the end and NaN distances sort last and are out of every count.
 
-Estimated for an H200, all anchors, distances not included: pairs 1.5, 6, 45, 370 us at B = 128, 256, 512,
-1024; tree 30, 120, 700, 3300 us at B = 1024, 2048, 4096, 8192 (twice the last step where teacher distances
-are equal). Not measured. Above _TREE_MOST columns, which one program cannot hold, pairs again.
+Estimated for an H200 from the instructions of the cubins, without distances, not measured: pairs 2, 7, 55,
+440 us at B = 128, 256, 512, 1024; tree 70, 450, 1200, 4500 us at B = 1024, 2048, 4096, 8192 (its last step
+twice where teacher distances are equal). Above _TREE_MOST columns, which no program can hold, pairs again.
 
 Sampled and chosen triplets leave two entries each, (anchor, column, coefficient). Gradients are sums over the
 entries of a row, the gallery's after a stable sort by column: a fixed order and no atomics.
@@ -48,6 +48,7 @@ _COUNT_TILE = (64, 32)  # columns j and k
 _UNROLL = {16: 16, 32: 8, 64: 4}  # by tile: coordinates, or rows, between two looks at a loop's end
 _ENTRIES, _WIDTH = 32, 128  # entries and coordinates a program looks at together
 _LINE = 1024  # of a row that is only walked
+_SPARE_BITS = {torch.float16: 13, torch.bfloat16: 16}  # of a float32, that hold nothing of such a number
 
 
 def counting(batch: int, tree_from: int) -> str:
@@ -865,9 +866,6 @@ def _count(dist: Tensor, teacher: _Teacher, margin: float, tree_from: int) -> tu
             BLOCK_J=_COUNT_TILE[0], BLOCK_K=_COUNT_TILE[1], enable_fp_fusion=True,
         )  # fmt: skip
     return _loss(parts, batch * (batch - 1) * (batch - 2)), weights
-
-
-_SPARE_BITS = {torch.float16: 13, torch.bfloat16: 16}
 
 
 def triplet_ranking_fwd(
