@@ -1275,7 +1275,7 @@ Tensor mean_of(const Tensor& like, const Tensor& losses, double count) {
   double sum = 0;
   for (int64_t i = 0, size = losses.numel(); i < size; ++i) sum += terms[i];
   Tensor loss = new_empty(like, {}, like.scalar_type());
-  const double mean = sum / std::max(count, 1.0);
+  const double mean = count > 0 ? sum / count : 0;  // nothing to look at: not even NaN
   store_elements(loss.mutable_data_ptr(), dtype_of("loss", like.scalar_type()), 0, &mean, 1);
   return loss;
 }

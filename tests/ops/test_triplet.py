@@ -493,6 +493,9 @@ def test_strange_distances(device, impl, counting):
     broken = dist.clone()
     broken[2, 3] = NAN
     assert torch.isnan(loss(broken, teacher)[0])
+    got, (grad,) = loss(torch.full((2, 2), NAN, device=device), teacher[:2, :2])
+    assert float(got) == 0  # no triplets, nothing looked at
+    assert torch.equal(grad, torch.zeros_like(grad))
     far, order = torch.ones(3, 3, device=device), torch.zeros(3, 3, device=device)
     far[0, 2], order[0, 2] = INFINITY, 1.0  # 2 is to be the further: it is, by any margin
     got, (grad,) = loss(far, order)

@@ -106,7 +106,7 @@ def ranking_loss(dist: Tensor, teacher: Tensor, margin: float) -> Tensor:
     weights, active = ranking_weights(dist.detach(), teacher, margin)
     diagonal = torch.eye(batch, dtype=torch.bool, device=dist.device)
     # An infinite distance that no active triplet holds counts nothing; NaN stays to be seen.
-    idle = (weights == 0) & torch.isinf(dist.detach())
+    idle = (weights == 0) & (torch.isinf(dist.detach()) | (batch < 3))
     counted = dist.masked_fill(diagonal | idle, 0.0).double()  # float64: the terms cancel
     total = (weights * counted).sum() + margin * active.double()
     return total.div(max(1, batch * (batch - 1) * (batch - 2))).to(dist.dtype)
