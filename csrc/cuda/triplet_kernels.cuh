@@ -716,6 +716,7 @@ __global__ void __launch_bounds__(kMostThreads)
     sort_row(memory);
     count_row(p, i, memory, &sum, &active);
   }
+  if (p.batch < 3) sum = 0;  // no triplets: not even NaN is looked at
   finish(p.totals, sum, active, *memory.reduction);
 }
 
@@ -728,6 +729,7 @@ __global__ void __launch_bounds__(kThreads)
   double sum = 0;
   int64_t active = 0;
   if (j < p.batch) take_column(p, blockIdx.x / chunks, j, &sum, &active);
+  if (p.batch < 3) sum = 0;
   finish(p.totals, sum, active, *reinterpret_cast<Reduction*>(shared));
 }
 

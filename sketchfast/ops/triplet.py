@@ -30,7 +30,7 @@ MININGS = ("all", "hardest", "semihard", "random")
 TREE_FROM = {
     ("native", "cpu"): 512,
     ("native", "cuda"): 1024,
-    ("triton", "cuda"): 1024,
+    ("triton", "cuda"): 512,
     ("triton", "cpu"): 64,
 }
 

@@ -473,6 +473,14 @@ def test_no_samples_of_fewer_than_three(library, batch):
     assert not out["weights"].any()
 
 
+def test_fewer_than_three_rows_are_not_looked_at(library):
+    for batch in (1, 2):
+        nan = torch.full((batch, batch), torch.nan)
+        out = Emulated(library).matrix(nan, nan)
+        assert float(out["loss"]) == 0
+        assert not out["weights"].any()
+
+
 def test_sampled_nan_shows(library):
     query, gallery = random_embeddings(20, 4)
     teacher = random_matrices(20)[1]
