@@ -187,14 +187,16 @@ real distance(const real* x, const real* y, int64_t dimensions, bool squared) {
 // Integers in the order of the numbers: equal for equal ones, NaN above all.
 inline int32_t sortable(float value) {
   if (value != value) return std::numeric_limits<int32_t>::max();
-  const int32_t bits = int32_t(float_to_bits(value + 0.0f));  // -0 becomes 0
+  const int32_t bits = int32_t(float_to_bits(value));
+  if (bits == std::numeric_limits<int32_t>::min())
+    return 0;  // -0: KERNEL_OPTIONS let value + 0 be folded away
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 inline int64_t sortable(double value) {
   if (value != value) return std::numeric_limits<int64_t>::max();
-  value += 0.0;
   int64_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
+  if (bits == std::numeric_limits<int64_t>::min()) return 0;
   return bits ^ ((bits >> 63) & 0x7fffffffffffffff);
 }
 
@@ -412,7 +414,9 @@ class AnchorCounter {
       d_[p] = dist[column[p]];
       reach_[p] = d_[p] + margin_;
     }
-    active = uses_tree_ ? count_by_tree(count) : count_by_pairs(count);
+    active = nans_        ? count_by_definition(count)
+             : uses_tree_ ? count_by_tree(count)
+                          : count_by_pairs(count);
     weights[anchor] = 0;
     double sum = 0;
     for (int64_t p = 0; p < count; ++p) {
@@ -436,7 +440,9 @@ class AnchorCounter {
 
   void sort_by_teacher(const Teacher& teacher, int64_t anchor) {
     int64_t filled = 0;
+    nans_ = 0;
     const auto take = [&](int64_t j, float value) {
+      nans_ += value != value;
       by_teacher_.keys[filled] = sortable(value);
       by_teacher_.index[filled++] = int32_t(j);
     };
@@ -462,6 +468,7 @@ class AnchorCounter {
     each_teacher<double>(
         teacher, anchor, batch_, [](double value) { return value; },
         [&](int64_t j, double value) {
+          nans_ += value != value;
           by_double_.keys[filled] = sortable(value);
           by_double_.index[filled++] = int32_t(j);
         });
@@ -472,6 +479,26 @@ class AnchorCounter {
       by_teacher_.keys[p] = run;
       by_teacher_.index[p] = by_double_.index[p];
     }
+  }
+
+  // --- with NaN, which has no place in an order: as if it tied with every column ---
+
+  int64_t count_by_definition(int64_t count) {
+    const int32_t* keys = by_teacher_.keys;
+    const int64_t ordered = count - nans_;  // NaN sorts last
+    int64_t active = 0;
+    for (int64_t p = 0; p < count; ++p) {
+      weight_[p] = 0;
+      for (int64_t q = 0; q < count; ++q) {
+        if (q == p) continue;
+        const bool tied = p >= ordered || q >= ordered || keys[p] == keys[q];
+        const int drawn = tied ? 1 : keys[p] < keys[q] ? 2 : 0;
+        const int reaches = reach_[p] > d_[q], reached = reach_[q] > d_[p];
+        weight_[p] += drawn * reaches - (2 - drawn) * reached;
+        active += drawn * reaches;
+      }
+    }
+    return active;
   }
 
   // --- pair by pair: a vector of columns against every other ---
@@ -629,6 +656,7 @@ class AnchorCounter {
   int64_t batch_, doubles_;
   real margin_;
   bool uses_tree_;
+  int64_t nans_ = 0;  // of the anchor's teacher distances
   Arena arena_;
   Sorter<int32_t> by_teacher_;
   Sorter<int64_t> by_double_;

@@ -6,7 +6,7 @@ W [B, B]; the loss is then <W, D> plus the margins, whose gradient to D is W. Me
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +30,39 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def distances(query: Tensor, gallery: Tensor, squared: bool) -> Tensor:
     """D [B, B], ||query_i - gallery_j|| or its square, from differences; the gradient at 0 is 0."""
-    dist = torch.cdist(query, gallery, compute_mode="donot_use_mm_for_euclid_dist")
-    return dist * dist if squared else dist
+    if squared:  # not the square of a rounded root, which would move ties and kinks
+        return _Squares.apply(query, gallery)
+    return torch.cdist(query, gallery, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _blocks(query: Tensor) -> list[slice]:
+    """Rows of the queries whose differences to all of the gallery are held at once."""
+    batch, dims = query.shape
+    step = max(1, _CUBE_ELEMENTS // max(1, batch * dims))
+    return [slice(first, min(first + step, batch)) for first in range(0, batch, step)]
+
+
+class _Squares(torch.autograd.Function):
+    """||query_i - gallery_j||^2 [B, B] in O(B^2) memory: some rows of queries at a time, both ways."""
+
+    @staticmethod
+    def forward(query: Tensor, gallery: Tensor) -> Tensor:
+        rows = [(query[block, None] - gallery).square().sum(2) for block in _blocks(query)]
+        return torch.cat(rows) if rows else query.new_empty((0, 0))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        query, gallery = ctx.saved_tensors
+        to_query, to_gallery = torch.zeros_like(query), torch.zeros_like(gallery)
+        for block in _blocks(query):
+            pulls = 2 * grad[block, :, None] * (query[block, None] - gallery)
+            to_query[block] = pulls.sum(1)
+            to_gallery -= pulls.sum(0)
+        return to_query, to_gallery
 
 
 # --- the generator ------------------------------------------------------------------------------------------
