@@ -315,8 +315,9 @@ class PhotoTopology(Method):
         # what a table of results must say of the training; in the checkpoint with the weights
         self.register_buffer("steps_trained", torch.zeros((), dtype=torch.int64))
         self.register_buffer("training_images", torch.zeros(2, dtype=torch.int64))
-        #: distances [N, N] of all training photos; no buffer: neither saved, nor copied, nor broadcast
-        self.teacher: Tensor | None = None
+        #: features [N, F] of all training photos, and their distances once a loss asked for them
+        self._photo_features: Tensor | None = None
+        self._teacher: Tensor | None = None
         #: what `start_from` was told of the start, for the tables
         self.start_about = ""
         self._training_photos: NDArray[np.uint8] | None = None
@@ -389,7 +390,19 @@ class PhotoTopology(Method):
         self.backbone.load_state_dict(start["state_dict"])
         self.head.load_state_dict(start["head"])
         self.start_about = start["about"]
-        self.teacher = photo_distances(start["teacher"].to(next(self.parameters()).device))
+        self._photo_features, self._teacher = start["teacher"], None
+
+    @property
+    def teacher(self) -> Tensor:
+        """Distances [N, N] of all training photos; no buffer: neither saved, nor copied, nor broadcast.
+
+        From the first loss that needs them on: with 10,000 photos they take 400 MB, and minutes on a CPU.
+        """
+        if self._teacher is None:
+            if self._photo_features is None:
+                raise RuntimeError("start_from must be called before a loss that needs the teacher")
+            self._teacher = photo_distances(self._photo_features.to(next(self.parameters()).device))
+        return self._teacher
 
     def _photos(self) -> NDArray[np.uint8]:
         if self._training_photos is None:
@@ -511,8 +524,6 @@ class PhotoTopology(Method):
     def topology_loss(self, anchors: Tensor, photos: Tensor, rows: Tensor, step: int) -> Tensor:
         """L_NT: anchors s_i (Eq. 4) or p_i (Eq. 3) [B, D] rank photos p_j, p_k as the teacher ranks them."""
         config = self.config
-        if self.teacher is None:
-            raise RuntimeError("start_from must be called before a loss that needs the teacher")
         if config.triplets == "nearest":
             return self._nearest_loss(anchors, photos, rows, step)
         return ranking_triplet_loss(
@@ -535,7 +546,6 @@ class PhotoTopology(Method):
         config, count = self.config, len(rows)
         if count < 3:
             return 0 * (anchors.sum() + photos.sum())
-        assert self.teacher is not None
         teacher = self.teacher[rows[:, None], rows].fill_diagonal_(float("inf"))
         nearest = teacher.argmin(dim=1)
         # k uniform over all but i and its nearest: step over both, the lower one first
