@@ -9,6 +9,7 @@ objective of each step. The authors' repository is empty: what the paper leaves 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -321,6 +322,7 @@ class PhotoTopology(Method):
         #: what `start_from` was told of the start, for the tables
         self.start_about = ""
         self._training_photos: NDArray[np.uint8] | None = None
+        self._fingerprint = ""
         self._pair_optimizer: torch.optim.Optimizer | None = None
 
     @classmethod
@@ -360,7 +362,7 @@ class PhotoTopology(Method):
         """The training part of the split; see `read_split`."""
         batches = PhotoBatches(read_split(data, self.config).train, self.config)
         self.training_images.copy_(torch.tensor([len(batches.order), len(batches.photos)]))
-        self._training_photos = batches.photos
+        self._training_photos, self._fingerprint = batches.photos, batches.fingerprint
         return batches
 
     def train(self, mode: bool = True) -> PhotoTopology:
@@ -383,7 +385,7 @@ class PhotoTopology(Method):
             "state_dict": _on_cpu(self.backbone.state_dict()),
             "head": _on_cpu(self.head.state_dict()),
             "teacher": self._teacher_features(photos),
-            "about": start_facts(config, len(photos)),
+            "about": start_facts(config, len(photos), self._fingerprint),
         }
 
     def start_from(self, start: dict[str, Any]) -> None:
@@ -689,23 +691,26 @@ def instance_discrimination(z: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(similarity, other)
 
 
-def _file_facts(file: str) -> str:
-    """The file of weights and, where another run wrote it as its start, what that run said of it."""
+def _file_facts(file: str, fingerprint: str) -> str:
+    """The file of weights and, where another run wrote it as its start, what that run said of it.
+
+    Its training photos may be held out in this run: it is said where the training sets differ.
+    """
     try:
-        told = torch.load(file, map_location="cpu", weights_only=True)["about"]
+        start = torch.load(file, map_location="cpu", weights_only=True)
+        told, same = start["about"], json.loads(start["identity"])["data_fingerprint"] == fingerprint
+        told = told.split("; ")[0].removeprefix("start weights: ")
     except Exception:  # no file of ours: safetensors, tensors alone, ...
         return f"the file {file}"
-    if not isinstance(told, str):
-        return f"the file {file}"
-    return f"the file {file} ({told.split('; ')[0].removeprefix('start weights: ')})"
+    return f"the file {file} ({told}, of a run with {'the same' if same else 'another'} training set)"
 
 
-def start_facts(config: PhotoTopologyConfig, photos: int) -> str:
-    """A line on what the network started from and where R comes from."""
+def start_facts(config: PhotoTopologyConfig, photos: int, fingerprint: str = "") -> str:
+    """A line on what the network started from and where R comes from; fingerprint: of the training set."""
     if config.weights in ("random", "timm"):
         start = "random" if config.weights == "random" else f"timm's pre-trained {config.backbone}"
     else:
-        start = _file_facts(config.weights)
+        start = _file_facts(config.weights, fingerprint)
     if config.weights == "random" and config.pretrain_steps:
         start = (
             f"{config.pretrain_steps} steps of self-supervised pre-training (SimCLR) on the {photos} "

@@ -531,7 +531,7 @@ def test_distances_of_photos_are_taken_for_a_loss_alone(monkeypatch) -> None:
         PhotoTopology(TINY).teacher  # noqa: B018
 
 
-def test_other_runs_take_exactly_the_start(tmp_path) -> None:
+def test_other_runs_take_exactly_the_start(tmp_path, monkeypatch) -> None:
     run(tmp_path / "one", pretrain_steps=3)
     one = read_start(tmp_path / "one")
     assert "3 steps of self-supervised pre-training (SimCLR) on the 18 training photos" in one["about"]
@@ -541,7 +541,15 @@ def test_other_runs_take_exactly_the_start(tmp_path) -> None:
     assert all(torch.equal(v, two["state_dict"][k]) for k, v in one["state_dict"].items())
     assert torch.equal(one["teacher"], two["teacher"])
     of_one = "3 steps of self-supervised pre-training (SimCLR) on the 18 training photos from random ones"
-    assert f"start weights: the file {file} ({of_one}, seed 0)" in two["about"]
+    assert (
+        f"start weights: the file {file} ({of_one}, seed 0, of a run with the same training set)"
+        in two["about"]
+    )
+    monkeypatch.setattr(module, "read_split", lambda data, config: split_instances(pairs_of(), seed=1))
+    run(tmp_path / "other", weights=file)
+    assert "of a run with another training set);" in read_start(tmp_path / "other")["about"]
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "read_split", lambda data, config: split_of())
     torch.save([1], tmp_path / "list.pt")
     for other in ("list.pt", "no.safetensors"):
         config = replace(TINY, weights=str(tmp_path / other))
