@@ -105,14 +105,19 @@ def save_checkpoint(state: Mapping[str, Any], folder: Path, keep: int) -> Path:
     return path
 
 
+def _load_whole(path: Path) -> Any:
+    """What `torch.save` wrote, on CPU, plain values and tensors only; an error of any type for damage."""
+    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"checksum of {damaged} is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The state in a checkpoint, on CPU; ValueError where the file is damaged or of another kind."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _load_whole(path)
         if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
             raise ValueError(f"not a sketchfast checkpoint of format {CHECKPOINT_FORMAT}")
     except Exception as error:  # damage surfaces as any of a dozen types
@@ -156,7 +161,7 @@ def read_start(run: Path, identity: Mapping[str, Any] | None = None) -> dict[str
     if not path.exists():
         return None
     try:
-        start = torch.load(path, map_location="cpu", weights_only=True)
+        start = _load_whole(path)
         made_from = start.pop("identity")
     except Exception as error:  # damage surfaces as any of a dozen types
         raise ValueError(f"{path} is damaged: {error!r}") from error

@@ -496,9 +496,12 @@ def test_a_start_is_made_once_and_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Toy, "before_training", lambda self: pytest.fail("made again"))
     run_toy(parts, start=True, resume=True)
     assert_same(weights(whole, 30), weights(parts, 30), ignore=("seconds",))
-    (parts / "start.pt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"start\.pt is damaged"):
-        run_toy(parts, start=True, resume=True, steps=40)
+    flipped = bytearray((parts / "start.pt").read_bytes())
+    flipped[flipped.index(kept["head"].numpy().tobytes())] ^= 1
+    for damaged in (b"", bytes(flipped)):
+        (parts / "start.pt").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"start\.pt is damaged"):
+            run_toy(parts, start=True, resume=True, steps=40)
 
 
 def test_making_a_start_moves_no_random_numbers(tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ from .images import (
     read_images,
     write_images,
 )
-from .render import rasterize_sketches
+from .render import sketch_images
 from .safe_pickle import load_arrays
 from .strokes import Sketch, from_absolute, from_svg, svg_size
 from .tuberlin import normal_class_name
@@ -757,12 +757,7 @@ def _read_svg(data: bytes, spacing: float) -> Sketch:
 
 def _drawn(strokes: StrokeDataset, class_names: list[str], size: int, folder: Path | None) -> ImageSet:
     """Images of the strokes where they lie on their canvas, dark on white."""
-    placed = [
-        Sketch((sketch.points * (size / CANVAS) - 0.5).astype(np.float32), sketch.pen_down)
-        for sketch, _ in (strokes[i] for i in range(len(strokes)))
-    ]
-    ink = rasterize_sketches(placed, size, padding=None).numpy()
-    images = np.repeat(255 - ink[..., None], 3, axis=3)
+    images = sketch_images([strokes[i][0] for i in range(len(strokes))], size, canvas=CANVAS)
     if folder is not None:
         write_images(folder, images)
     places = np.array([class_names.index(name) for name in strokes.class_names], np.int64)

@@ -12,7 +12,7 @@ import math
 import pickle
 import pickletools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -183,7 +183,38 @@ for _module in ("numpy.core.multiarray", "numpy._core.multiarray"):
     _ADMITTED[_module, "scalar"] = _Function(_scalar)
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+_USUAL: dict[int, Callable[..., None]] = {**pickle._Unpickler.dispatch}
+
+
+class _ArrayUnpickler(pickle._Unpickler):
+    """The unpickler in Python: that in C hashes a key before anyone can look at it.
+
+    A tuple that holds a smaller one twice, and so on, is two bytes a level and takes twice as long to hash.
+    """
+
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {**_USUAL}
+
+    def _set_item(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        _USUAL[pickle.SETITEM[0]](self)
+
+    def _set_items(self) -> None:
+        _check_keys(self.stack[::2])  # what came after the mark
+        _USUAL[pickle.SETITEMS[0]](self)
+
+    def _make_dict(self) -> None:
+        _check_keys(self.stack[::2])
+        _USUAL[pickle.DICT[0]](self)
+
+    def _refuse_set(self) -> None:
+        raise UnsafePickleError("pickle holds a set, only numeric arrays are read")
+
+    dispatch[pickle.SETITEM[0]] = _set_item
+    dispatch[pickle.SETITEMS[0]] = _set_items
+    dispatch[pickle.DICT[0]] = _make_dict
+    dispatch[pickle.EMPTY_SET[0]] = dispatch[pickle.FROZENSET[0]] = _refuse_set
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ADMITTED:
             raise UnsafePickleError(f"pickle asks for {module}.{name}, only numeric numpy arrays are read")
@@ -191,6 +222,12 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         raise UnsafePickleError("pickle refers to a persistent object")
+
+
+def _check_keys(keys: list[Any]) -> None:
+    for key in keys:
+        if not (key is None or isinstance(key, (str, bytes, int, float, np.generic))):
+            raise UnsafePickleError(f"pickle holds a dict with a {type(key).__name__} as key")
 
 
 def _check_memo(data: bytes) -> None:

@@ -9,8 +9,9 @@ objective of each step. The authors' repository is empty: what the paper leaves 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -315,11 +316,13 @@ class PhotoTopology(Method):
         # what a table of results must say of the training; in the checkpoint with the weights
         self.register_buffer("steps_trained", torch.zeros((), dtype=torch.int64))
         self.register_buffer("training_images", torch.zeros(2, dtype=torch.int64))
-        #: distances [N, N] of all training photos; no buffer: neither saved, nor copied, nor broadcast
-        self.teacher: Tensor | None = None
+        #: features [N, F] of all training photos, and their distances once a loss asked for them
+        self._photo_features: Tensor | None = None
+        self._teacher: Tensor | None = None
         #: what `start_from` was told of the start, for the tables
         self.start_about = ""
         self._training_photos: NDArray[np.uint8] | None = None
+        self._fingerprint = ""
         self._pair_optimizer: torch.optim.Optimizer | None = None
 
     @classmethod
@@ -359,7 +362,7 @@ class PhotoTopology(Method):
         """The training part of the split; see `read_split`."""
         batches = PhotoBatches(read_split(data, self.config).train, self.config)
         self.training_images.copy_(torch.tensor([len(batches.order), len(batches.photos)]))
-        self._training_photos = batches.photos
+        self._training_photos, self._fingerprint = batches.photos, batches.fingerprint
         return batches
 
     def train(self, mode: bool = True) -> PhotoTopology:
@@ -382,14 +385,26 @@ class PhotoTopology(Method):
             "state_dict": _on_cpu(self.backbone.state_dict()),
             "head": _on_cpu(self.head.state_dict()),
             "teacher": self._teacher_features(photos),
-            "about": start_facts(config, len(photos)),
+            "about": start_facts(config, len(photos), self._fingerprint),
         }
 
     def start_from(self, start: dict[str, Any]) -> None:
         self.backbone.load_state_dict(start["state_dict"])
         self.head.load_state_dict(start["head"])
         self.start_about = start["about"]
-        self.teacher = photo_distances(start["teacher"].to(next(self.parameters()).device))
+        self._photo_features, self._teacher = start["teacher"], None
+
+    @property
+    def teacher(self) -> Tensor:
+        """Distances [N, N] of all training photos; no buffer: neither saved, nor copied, nor broadcast.
+
+        From the first loss that needs them on: with 10,000 photos they take 400 MB, and minutes on a CPU.
+        """
+        if self._teacher is None:
+            if self._photo_features is None:
+                raise RuntimeError("start_from must be called before a loss that needs the teacher")
+            self._teacher = photo_distances(self._photo_features.to(next(self.parameters()).device))
+        return self._teacher
 
     def _photos(self) -> NDArray[np.uint8]:
         if self._training_photos is None:
@@ -511,8 +526,6 @@ class PhotoTopology(Method):
     def topology_loss(self, anchors: Tensor, photos: Tensor, rows: Tensor, step: int) -> Tensor:
         """L_NT: anchors s_i (Eq. 4) or p_i (Eq. 3) [B, D] rank photos p_j, p_k as the teacher ranks them."""
         config = self.config
-        if self.teacher is None:
-            raise RuntimeError("start_from must be called before a loss that needs the teacher")
         if config.triplets == "nearest":
             return self._nearest_loss(anchors, photos, rows, step)
         return ranking_triplet_loss(
@@ -535,7 +548,6 @@ class PhotoTopology(Method):
         config, count = self.config, len(rows)
         if count < 3:
             return 0 * (anchors.sum() + photos.sum())
-        assert self.teacher is not None
         teacher = self.teacher[rows[:, None], rows].fill_diagonal_(float("inf"))
         nearest = teacher.argmin(dim=1)
         # k uniform over all but i and its nearest: step over both, the lower one first
@@ -679,11 +691,26 @@ def instance_discrimination(z: Tensor, temperature: float) -> Tensor:
     return F.cross_entropy(similarity, other)
 
 
-def start_facts(config: PhotoTopologyConfig, photos: int) -> str:
-    """A line on what the network started from and where R comes from."""
-    start = {"random": "random", "timm": f"timm's pre-trained {config.backbone}"}.get(
-        config.weights, f"the file {config.weights}"
-    )
+def _file_facts(file: str, fingerprint: str) -> str:
+    """The file of weights and, where another run wrote it as its start, what that run said of it.
+
+    Its training photos may be held out in this run: it is said where the training sets differ.
+    """
+    try:
+        start = torch.load(file, map_location="cpu", weights_only=True)
+        told, same = start["about"], json.loads(start["identity"])["data_fingerprint"] == fingerprint
+        told = told.split("; ")[0].removeprefix("start weights: ")
+    except Exception:  # no file of ours: safetensors, tensors alone, ...
+        return f"the file {file}"
+    return f"the file {file} ({told}, of a run with {'the same' if same else 'another'} training set)"
+
+
+def start_facts(config: PhotoTopologyConfig, photos: int, fingerprint: str = "") -> str:
+    """A line on what the network started from and where R comes from; fingerprint: of the training set."""
+    if config.weights in ("random", "timm"):
+        start = "random" if config.weights == "random" else f"timm's pre-trained {config.backbone}"
+    else:
+        start = _file_facts(config.weights, fingerprint)
     if config.weights == "random" and config.pretrain_steps:
         start = (
             f"{config.pretrain_steps} steps of self-supervised pre-training (SimCLR) on the {photos} "
@@ -740,10 +767,36 @@ def _evaluate(method: Method, name: str, split: InstanceSplit) -> _Evaluated:
     return _Evaluated(name, embed, embed(split.test.sketches.images), embed(split.test.photos.images))
 
 
+def _check_base(base: Method, method: PhotoTopology, data: DataSpec, split: InstanceSplit) -> None:
+    """ValueError where the base run learnt from a photo that is held out here."""
+    if not isinstance(base.config, PhotoTopologyConfig):
+        return
+    cuts = [[getattr(m.config, name) for name in _SPLIT_FIELDS] for m in (base, method)]
+    if cuts[0] == cuts[1]:
+        return
+    learnt = read_split(data, base.config).train.photos.names
+    if shared := set(learnt).intersection(split.test.photos.names):
+        fields = ", ".join(f"{name} {value!r}" for name, value in zip(_SPLIT_FIELDS, cuts[0], strict=True))
+        raise ValueError(
+            f"base must not have been trained on photos held out here, got a run with {fields}, whose "
+            f"training photos hold {len(shared)} of the {len(split.test.photos)}, such as {min(shared)}"
+        )
+
+
+#: fields of the config that say which photos are held out
+_SPLIT_FIELDS = ("category", "split", "test_share", "split_seed")
+
+
 def _networks(
-    method: PhotoTopology, untrained: PhotoTopology, base: Method | None, split: InstanceSplit
+    method: PhotoTopology,
+    untrained: PhotoTopology,
+    base: Method | None,
+    data: DataSpec,
+    split: InstanceSplit,
 ) -> list[_Evaluated]:
     """The trained network, what it started from and, if given, another run's."""
+    if base is not None:
+        _check_base(base, method, data, split)
     start = "start weights" if untrained.start_about else "random weights"
     networks = [_evaluate(method, "trained", split), _evaluate(untrained, start, split)]
     if base is not None:
@@ -810,7 +863,7 @@ def retrieval(
     shown = np.random.default_rng(seed).permutation(len(test.sketches))[:queries_shown]
     rows: list[dict[str, Any]] = []
     pictures: dict[str, bytes] = {}
-    for network in _networks(method, untrained, base, split):
+    for network in _networks(method, untrained, base, data, split):
         ranks = match_ranks(network.query, network.gallery, test.pairs, metric=metric)
         backbone = (base if network.name.startswith("base run") else method).config.backbone  # type: ignore[union-attr]
         rows.append({"network": network.name, "backbone": backbone, **_accuracies(ranks)})
@@ -822,17 +875,21 @@ def retrieval(
             index,
             index == test.pairs[shown, None],
         )
-    benchmark = benchmark_of(data.name, method.config.category)
+    # its figures are of held-out test photos
+    of_test = method.config.split == "test"
+    benchmark = benchmark_of(data.name, method.config.category) if of_test else None
     rows += _paper_rows(benchmark)
     told = (
         f"beside the paper's figures for {benchmark}"
         if benchmark
         else "the paper has no figures on this data"
     )
+    if benchmark and "photos" in test.info:
+        told += f", whose photos are photos, while here they are {test.info['photos']}"
     note = (
         f"Percent of {len(test.sketches)} sketches whose own photo, of a gallery of {len(test.photos)}, is "
         f"among the nearest; by chance Acc@1 is {_percent(1 / len(test.photos))}; {told}. {split.name}. "
-        f"{training_facts(method, untrained)}"
+        f"{training_facts(method, untrained, base)}"
     )
     return [
         Table(f"Fine-grained retrieval: {data.name} {method.config.category}".strip(), rows, note, pictures)
@@ -870,7 +927,7 @@ def smoothness(
 
     check_integer("top", top, 2)
     split, metric = read_split(data, method.config), _metric(method)
-    networks = _networks(method, untrained, base, split)
+    networks = _networks(method, untrained, base, data, split)
     look = networks[1].gallery
     rows = []
     for network in networks:
@@ -883,7 +940,7 @@ def smoothness(
         f"Mean squared distance between the {min(top, len(look))} photos retrieved by each of "
         f"{len(split.test.sketches)} sketches, by features of length 1 of the {networks[1].name}, which "
         f"calls its own order smooth: compare the others. The paper's features are VGG-16's, its figures do "
-        f"not compare. {split.name}. {training_facts(method, untrained)}"
+        f"not compare. {split.name}. {training_facts(method, untrained, base)}"
     )
     return [Table(f"Smoothness of what is retrieved: {data.name}", rows, note)]
 
@@ -916,7 +973,7 @@ def early(
             size=method.config.image_size,
             metric=_metric(method),
         )
-        for network in _networks(method, untrained, base, split)
+        for network in _networks(method, untrained, base, data, split)
     }
     rows = [
         {
@@ -930,7 +987,7 @@ def early(
     ]
     note = (
         f"Percent of {len(strokes)} sketches, each cut to that share of its drawn length and drawn anew; "
-        f"gallery of {len(split.test.photos)} photos. {split.name}. {training_facts(method, untrained)}"
+        f"gallery of {len(split.test.photos)} photos. {split.name}. {training_facts(method, untrained, base)}"
     )
     picture = {"Accuracy against the share drawn": early_retrieval_picture(curves)}
     return [Table(f"Early retrieval: {data.name}", rows, note, picture)]
@@ -965,7 +1022,7 @@ def attribution(
         raise ValueError("base must be the folder of a run of objective base on the same data, got None")
     split, metric = read_split(data, method.config), _metric(method)
     top = min(check_integer("top", top, 2), len(split.test.photos))
-    ours, start, other = _networks(method, untrained, base, split)
+    ours, start, other = _networks(method, untrained, base, data, split)
     index, base_index = (nearest_photos(n.query, n.gallery, top, metric=metric) for n in (ours, other))
     ranks = match_ranks(ours.query, ours.gallery, split.test.pairs, metric=metric)
     found = error_attribution(ranks, split.test.pairs, index, base_index, start.gallery, top=top)
@@ -982,7 +1039,7 @@ def attribution(
     note = (
         f"{len(found.wrong)} of {len(ranks)} sketches retrieved wrong. A score above its median over all "
         f"sketches is large: {limits}. Appearance by features of the {start.name}; base: {other.name}. "
-        f"{split.name}. {training_facts(method, untrained)}"
+        f"{split.name}. {training_facts(method, untrained, base)}"
     )
     pictures = {}
     if len(found.wrong):
@@ -1017,7 +1074,7 @@ def robustness(
     split, deformation = read_split(data, method.config), Deformation()
     strokes, canvas = _test_strokes(split)
     rows = []
-    for network in _networks(method, untrained, base, split):
+    for network in _networks(method, untrained, base, data, split):
         result = measured(
             network.embed,
             strokes,
@@ -1042,26 +1099,43 @@ def robustness(
     note = (
         f"Percent; {len(strokes)} sketches in {versions} versions each, the deviation over the versions. "
         f"{deformation}. The paper's drops on QMUL-Shoe-V2: 19.16 (3.48) without, 13.84 (2.41) with the "
-        f"topology loss (ImageNet). {split.name}. {training_facts(method, untrained)}"
+        f"topology loss (ImageNet). {split.name}. {training_facts(method, untrained, base)}"
     )
     return [Table(f"Robustness to deformed strokes: {data.name}", rows, note)]
 
 
-def training_facts(method: PhotoTopology, untrained: PhotoTopology) -> str:
-    """What was trained from what, and every setting of the config in which it differs from the defaults."""
-    config = method.config
+def training_facts(method: PhotoTopology, untrained: PhotoTopology, base: Method | None = None) -> str:
+    """What was trained from what, every setting in which it differs from the defaults, and base from it."""
+    config, told = method.config, set(_TOLD_ELSEWHERE)
+    if config.weights != "random" or not config.pretrain_steps:
+        told |= {f.name for f in fields(config) if f.name.startswith("pretrain_")}  # they did nothing
     sketches, photos = method.training_images.tolist()
     facts = (
         f"Trained as {config.objective} for {int(method.steps_trained)} steps of {config.batch_size} pairs, "
         f"on {photos} photos and {sketches} sketches of them; "
         f"{untrained.start_about or 'start weights not kept'} (paper: pre-trained on ImageNet or larger)"
     )
-    different = different_settings(config, PhotoTopologyConfig(), _TOLD_ELSEWHERE)
-    if not different:
-        return f"{facts}."
+    if different := different_settings(config, PhotoTopologyConfig(), told):
+        facts += (
+            ". Settings other than the defaults, which are the paper's or, where it is silent, published "
+            f"baselines' or ours: {', '.join(different)}"
+        )
+    return f"{facts}.{_base_facts(base, config)}"
+
+
+def _base_facts(base: Method | None, config: PhotoTopologyConfig) -> str:
+    """What the base run was trained as, and every setting in which it differs from the run beside it."""
+    if not isinstance(base, PhotoTopology):
+        return "" if base is None else f" Base run: of the method {type(base).__name__}."
+    sketches, photos = base.training_images.tolist()
+    different = [
+        f"{f.name} {getattr(base.config, f.name)}"
+        for f in fields(config)
+        if f.name != "impl" and getattr(base.config, f.name) != getattr(config, f.name)
+    ]
     return (
-        f"{facts}. Settings other than the defaults, which are the paper's or, where it is silent, published "
-        f"baselines' or ours: {', '.join(different)}."
+        f" Base run: {int(base.steps_trained)} steps on {photos} photos and {sketches} sketches of them; "
+        f"its settings other than this run's: {', '.join(different) or 'none'}."
     )
 
 

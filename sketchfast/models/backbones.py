@@ -17,6 +17,8 @@ def create_backbone(name: str, *, pool: str = "", image_size: int | None = None)
     """timm's network `name` with random weights, images [B, 3, S, S] to features [B, num_features].
 
     pool: timm's global pooling (avg, max, avgmax, catavgmax, token, as the network has it); "" takes its own.
+    Whatever the pooling, a network's pre-trained weights fit: timm would give a vision transformer that pools
+    its tokens a new norm behind the pooling in place of its own before it.
     image_size: S, for networks built for one size, such as vision transformers; the others take any.
 
     ValueError
@@ -30,6 +32,10 @@ def create_backbone(name: str, *, pool: str = "", image_size: int | None = None)
         options["img_size"] = image_size
     try:
         network = timm.create_model(name, pretrained=False, num_classes=0, **options)
+        if pool and "fc_norm.weight" in network.state_dict():
+            own = timm.create_model(name, pretrained=False, num_classes=0).state_dict()
+            if "fc_norm.weight" not in own:
+                network = timm.create_model(name, pretrained=False, num_classes=0, fc_norm=False, **options)
     except (RuntimeError, TypeError, AssertionError, ValueError) as error:
         if config is None:  # RuntimeError: timm's word for a name it does not know
             raise ValueError(f"backbone must be a timm model, got {name!r}: {error}") from error

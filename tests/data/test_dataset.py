@@ -316,6 +316,21 @@ def test_hostile_states_are_not_shown_in_full():
         assert len(str(caught.value)) < 200
 
 
+@pytest.mark.parametrize("use", ["setitem", "setitems", "dict", "set", "frozenset"])
+def test_a_nested_key_takes_no_time(use):
+    """60 tuples, each of the one before twice: its hash takes 2^60 steps."""
+    nested = b"K\x01" + b"".join(b"q%ch%c\x86" % (level, level) for level in range(60))
+    before, after = {
+        "setitem": (b"}", b"K\x01s"),
+        "setitems": (b"}(", b"K\x01u"),
+        "dict": (b"(", b"K\x01d"),
+        "set": (b"\x8f(", b"\x90"),
+        "frozenset": (b"(", b"\x91"),
+    }[use]
+    with pytest.raises(UnsafePickleError, match=r"as key|holds a set"):
+        load_arrays(b"\x80\x04" + before + nested + after + b".")
+
+
 def test_arrays_that_share_their_data_are_no_larger_than_the_pickle():
     shared = b"a" * 1000
     arrays = [_Reconstructed((1, (1000,), np.dtype("u1"), False, shared)) for _ in range(50)]

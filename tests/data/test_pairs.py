@@ -31,7 +31,7 @@ from sketchfast.data.pairs import (
 from sketchfast.data.prepare import prepare
 from sketchfast.data.procedural import CANVAS, procedural_pairs, procedural_sketch_photo
 from sketchfast.data.qmul import v2_photo_of_sketch
-from sketchfast.data.render import rasterize_sketches
+from sketchfast.data.render import rasterize_sketches, sketch_images
 from sketchfast.data.sketchy import load_sketchy_strokes, photo_of_sketch
 from sketchfast.data.strokes import Sketch, make_sketch
 
@@ -503,6 +503,12 @@ def test_pairs_of_qmul_v2_with_strokes(tmp_path, prepared):
     assert split.train.skipped == {"sketches: photo not known": 1, "photos: in neither part": 1}
     dark = split.test.sketches.images[0, :, :, 0] < 128
     assert set(np.flatnonzero(dark.any(axis=1)).tolist()) == {17}  # 70 of 256 is at 17.0 of 64
+    for sketches, strokes in (
+        (split.train.sketches, split.train_strokes),
+        (split.test.sketches, split.test_strokes),
+    ):
+        drawn = sketch_images([strokes[i][0] for i in range(len(strokes))], 64, canvas=split.canvas)
+        np.testing.assert_array_equal(sketches.images, drawn)
 
 
 def test_pairs_of_the_real_edges(real_data):

@@ -477,7 +477,7 @@ def test_a_step_without_topology_gradient_is_finite() -> None:
     """Nothing to keep, v = 0: the finite difference has no direction."""
     method, batch = smooth(objective="meta_full")
     method.config = replace(method.config, margin_nt=0.0)
-    method.teacher = torch.cdist(torch.zeros(18, 2), torch.zeros(18, 2)).double()
+    method._teacher = torch.zeros(18, 18, dtype=torch.float64)
     batch = PairBatch(batch.sketches[:2], batch.photos[:2], batch.rows[:2])  # fewer than three photos
     method.update(PlainPasses(method, batch))
     assert all(torch.isfinite(p).all() for p in method.parameters())
@@ -516,7 +516,22 @@ def test_the_teacher_is_the_start_and_never_changes(tmp_path) -> None:
     assert not any("teacher" in name for name in checkpoint["model"])
 
 
-def test_other_runs_take_exactly_the_start(tmp_path) -> None:
+def test_distances_of_photos_are_taken_for_a_loss_alone(monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(module, "photo_distances", lambda f: calls.append(1) or photo_distances(f))
+    method = make(objective="base")
+    batch = method.train_data(DataSpec()).__getitems__(list(range(4)))
+    method.embed(batch.photos)
+    method.loss(batch, 0)
+    assert not calls
+    for step in (0, 1):
+        method.loss(batch, step, "topology")
+    assert len(calls) == 1
+    with pytest.raises(RuntimeError, match="start_from must be called"):
+        PhotoTopology(TINY).teacher  # noqa: B018
+
+
+def test_other_runs_take_exactly_the_start(tmp_path, monkeypatch) -> None:
     run(tmp_path / "one", pretrain_steps=3)
     one = read_start(tmp_path / "one")
     assert "3 steps of self-supervised pre-training (SimCLR) on the 18 training photos" in one["about"]
@@ -525,7 +540,20 @@ def test_other_runs_take_exactly_the_start(tmp_path) -> None:
     two = read_start(tmp_path / "two")
     assert all(torch.equal(v, two["state_dict"][k]) for k, v in one["state_dict"].items())
     assert torch.equal(one["teacher"], two["teacher"])
-    assert f"start weights: the file {file}" in two["about"]
+    of_one = "3 steps of self-supervised pre-training (SimCLR) on the 18 training photos from random ones"
+    assert (
+        f"start weights: the file {file} ({of_one}, seed 0, of a run with the same training set)"
+        in two["about"]
+    )
+    monkeypatch.setattr(module, "read_split", lambda data, config: split_instances(pairs_of(), seed=1))
+    run(tmp_path / "other", weights=file)
+    assert "of a run with another training set);" in read_start(tmp_path / "other")["about"]
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "read_split", lambda data, config: split_of())
+    torch.save([1], tmp_path / "list.pt")
+    for other in ("list.pt", "no.safetensors"):
+        config = replace(TINY, weights=str(tmp_path / other))
+        assert f"start weights: the file {tmp_path / other};" in module.start_facts(config, 18)
     run(tmp_path / "three", pretrain_steps=3)  # repeatable
     assert torch.equal(read_start(tmp_path / "three")["teacher"], one["teacher"])
     assert json.loads((tmp_path / "one" / "config.json").read_text())["start"] == one["about"]
@@ -628,12 +656,9 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, monkeypatch, part: 
     monkeypatch.setattr(PhotoTopology, "loss", poisoned)
     after = run(tmp_path / "two", steps=5)
     assert after["skipped"] == 2
+    assert after["model"]["steps_trained"] == 3  # a step that was undone trained nothing
     for kind in ("model", "optimizer"):
-        ignored = {"steps_trained"}
-        a, b = before[kind], after[kind]
-        if kind == "model":
-            a, b = ({k: v for k, v in state.items() if k not in ignored} for state in (a, b))
-        assert_same_state(a, b, kind)
+        assert_same_state(before[kind], after[kind], kind)
 
 
 RANKS = """
@@ -735,6 +760,45 @@ def test_retrieval_stands_beside_its_start_and_the_paper(monkeypatch) -> None:
     assert table.rows[1]["Acc@1"] < 100
     assert [row["network"] for row in table.rows] == ["trained", "start weights", "base run (base)"]
     assert "the paper has no" in table.note
+
+
+def test_figures_are_not_compared_with_what_they_are_not_of(monkeypatch) -> None:
+    """Edge maps are said to be none of the paper's photos; validation photos have no figures."""
+    split = split_of()
+    split.test.info["photos"] = "edge maps of the photos"
+    monkeypatch.setattr(module, "read_split", lambda data, config: split)
+    method, data = make(0, category="shoe"), DataSpec("qmul_v1_edges")
+    (table,) = retrieval(method, make(1), data, queries_shown=1, photos_shown=1)
+    assert "figures for QMUL-Shoe-V1, whose photos are photos, while here they are edge maps" in table.note
+    method = make(0, category="shoe", split="validation")
+    (table,) = retrieval(method, make(1), data, queries_shown=1, photos_shown=1)
+    assert [row["network"] for row in table.rows] == ["trained", "start weights"]
+    assert "the paper has no figures" in table.note
+
+
+def test_a_note_says_how_the_base_run_differs_and_nothing_of_what_was_not_done() -> None:
+    method, base = make(0, pretrain_batch=9), make(2, objective="base", margin=0.3)
+    base.steps_trained.fill_(7)
+    (table,) = smoothness(method, make(1), DataSpec(), base=base, top=3)
+    wanted = "Base run: 7 steps on 18 photos and 36 sketches of them; its settings other than this run's: "
+    assert f"{wanted}objective base, margin 0.3, pretrain_batch 8." in table.note
+    assert "pretrain" not in table.note.split("Base run")[0]  # TINY's has no steps of it
+    (table,) = smoothness(method, make(1), DataSpec(), top=3)
+    assert "Base run" not in table.note
+
+
+def test_a_base_run_that_knows_the_held_out_photos_is_refused(monkeypatch) -> None:
+    def cut(data, config):
+        return split_instances(pairs_of(), test_share=config.test_share, seed=config.split_seed)
+
+    monkeypatch.setattr(module, "read_split", cut)
+    method, base = make(0), make(1, split_seed=3)
+    with pytest.raises(
+        ValueError, match=r"base must not have been trained on photos held out .* split_seed 3"
+    ):
+        smoothness(method, make(2), DataSpec(), base=base, top=3)
+    same_photos = make(1, category="bar")
+    assert len(smoothness(method, make(2), DataSpec(), base=same_photos, top=3)[0].rows) == 3
 
 
 def test_the_papers_benchmarks() -> None:

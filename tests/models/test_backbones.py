@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from sketchfast.models.backbones import Pixels, create_backbone, load_backbone
 
@@ -16,6 +17,22 @@ def test_a_vision_transformer_takes_the_size_asked_for() -> None:
         create_backbone("test_vit", pool="nothing")
     with pytest.raises(ValueError, match=r"backbone must be a timm model, got 'resnet51'"):
         create_backbone("resnet51", pool="avg", image_size=64)
+
+
+@pytest.mark.parametrize("pool", ["", "token", "avg", "max"])
+def test_any_pooling_takes_the_weights_of_a_vision_transformer(tmp_path, pool: str) -> None:
+    torch.manual_seed(0)
+    own = create_backbone("test_vit", image_size=64)
+    nn.init.normal_(own.norm.weight)
+    torch.save(own.state_dict(), tmp_path / "vit.pt")
+    other = create_backbone("test_vit", pool=pool, image_size=64)
+    with torch.no_grad():
+        load_backbone(other, "test_vit", str(tmp_path / "vit.pt"))
+        images = torch.rand(2, 3, 64, 64)
+        tokens = other.eval().forward_features(images)
+    assert torch.equal(other.norm.weight, own.norm.weight)
+    pooled = {"avg": tokens[:, 1:].mean(1), "max": tokens[:, 1:].amax(1)}.get(pool, tokens[:, 0])
+    torch.testing.assert_close(other(images), pooled)
 
 
 def test_weights_of_a_file_are_taken_whole(tmp_path) -> None:
