@@ -370,8 +370,8 @@ def ranking_triplet_loss(
 
     The mean over triplets of three different batch positions (i, j, k) of
     max(margin + R * (D_ij - D_ik), 0), D_ij = ||query_i - gallery_j||, R = +1 where teacher_ij <= teacher_ik,
-    else -1; zeros count. The B x B x B triplets are never formed: O(B^2 log B) time, O(B^2) memory (on a GPU up
-    to the batch whose rows its shared memory holds, about 8,000; pair by pair beyond).
+    else -1; zeros count. The B x B x B triplets are never formed: O(B^2 log B) time, O(B^2) memory (on a GPU
+    as long as its shared memory holds a row, up to B of about 8,000; pair by pair beyond).
 
     Args:
         query: [B, D] float16, bfloat16, float32 or float64, the sketches' embeddings (or the photos', for the
