@@ -320,6 +320,7 @@ def retrieval_picture(
     title: str | None = None,
     query_names: Sequence[str] | None = None,
     gallery_names: Sequence[str] | None = None,
+    match: ArrayLike | Tensor | None = None,
     side: int = 112,
 ) -> bytes:
     """A PNG with a row a query: its sketch, then its k nearest photos, as PM-JDOT's Figure 4.
@@ -333,6 +334,7 @@ def retrieval_picture(
         index: [Q, k] integers, the photos of each query, best first (see `nearest`).
         right: [Q, k] bool, whether a photo is of the query's class.
         query_names, gallery_names: Q and G class names, written under the images.
+        match: [Q] integers, the photo each query was drawn after: shown beside it.
         side: pixels of a cell, at least 32; images are scaled to fit it, their shape kept.
 
     Raises TypeError or ValueError that names the argument.
@@ -353,10 +355,14 @@ def retrieval_picture(
     _check_names("query_names", query_names, len(queries))
     _check_names("gallery_names", gallery_names, len(photos))
 
+    matches = None if match is None else _matching(match, len(queries), len(photos))
+
     gap, margin = 10, 16
     row_height = side + gap + (18 if query_names is not None or gallery_names is not None else 0)
-    photos_left = margin + side + 3 * gap  # the query stands apart from its photos
-    lefts = [margin, *(photos_left + rank * (side + gap) for rank in range(order.shape[1]))]
+    heads = ["query"] if matches is None else ["query", "its photo"]
+    firsts = [margin + number * (side + gap) for number in range(len(heads))]
+    photos_left = firsts[-1] + side + 3 * gap  # what was given stands apart from what was found
+    lefts = [*firsts, *(photos_left + rank * (side + gap) for rank in range(order.shape[1]))]
     width = lefts[-1] + side + margin
     lines = _wrapped(title, _font(20), width - 2 * margin) if title else []
     head_top = margin + 27 * len(lines) + (6 if lines else 0)
@@ -365,10 +371,9 @@ def retrieval_picture(
     draw = ImageDraw.Draw(picture)
     for number, line in enumerate(lines):
         draw.text((margin, margin + 27 * number), line, fill=INK, font=_font(20))
-    for rank, left in enumerate(lefts):
-        draw.text(
-            (left + side / 2, head_top + 16), str(rank or "query"), fill=MUTED, font=_font(14), anchor="ms"
-        )
+    heads += [str(rank + 1) for rank in range(order.shape[1])]
+    for head, left in zip(heads, lefts, strict=True):
+        draw.text((left + side / 2, head_top + 16), head, fill=MUTED, font=_font(14), anchor="ms")
 
     def show(pixels: NDArray[np.uint8], name: str | None, mark: bool | None, left: int, top: int) -> None:
         picture.paste(_cell(pixels, side, mark), (left, top))
@@ -379,9 +384,13 @@ def retrieval_picture(
     for query in range(len(queries)):
         top = rows_top + query * row_height
         show(queries[query], None if query_names is None else query_names[query], None, margin, top)
-        for left, item, mark in zip(lefts[1:], order[query], correct[query], strict=True):
-            name = None if gallery_names is None else gallery_names[item]
-            show(photos[item], name, bool(mark), left, top)
+        shown: list[tuple[Any, bool | None]] = [
+            (item, bool(mark)) for item, mark in zip(order[query], correct[query], strict=True)
+        ]
+        if matches is not None:
+            shown.insert(0, (matches[query], None))
+        for left, (item, mark) in zip(lefts[1:], shown, strict=True):
+            show(photos[item], None if gallery_names is None else gallery_names[item], mark, left, top)
     return _png(picture)
 
 
@@ -558,6 +567,15 @@ def _ranked(name: str, value: ArrayLike | Tensor, kinds: str) -> NDArray[Any]:
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"{name} must have shape [Q, k], k at least 1, got {array.shape}")
     return array
+
+
+def _matching(match: ArrayLike | Tensor, queries: int, photos: int) -> NDArray[Any]:
+    found = np.asarray(match.cpu() if isinstance(match, Tensor) else match)
+    if found.shape != (queries,) or found.dtype.kind not in "iu":
+        raise ValueError(f"match must be {queries} integers, one a query, got {found.dtype} {found.shape}")
+    if found.min() < 0 or found.max() >= photos:
+        raise ValueError(f"match must lie in 0..{photos - 1}, got {found.min()}..{found.max()}")
+    return found
 
 
 def _check_names(name: str, value: Sequence[str] | None, count: int) -> None:

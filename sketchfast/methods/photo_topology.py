@@ -874,6 +874,7 @@ def retrieval(
             test.photos.images,
             index,
             index == test.pairs[shown, None],
+            match=test.pairs[shown],
         )
     # its figures are of held-out test photos
     of_test = method.config.split == "test"

@@ -418,6 +418,24 @@ def test_retrieval_picture_grows_with_title_and_names() -> None:
     assert (below_first_sketch < 128).any()
 
 
+def test_retrieval_picture_shows_the_photo_that_was_drawn() -> None:
+    side = 64
+    plain = decoded(retrieval_picture(SKETCHES, PHOTOS, INDEX, RIGHT, side=side))
+    with_it = decoded(retrieval_picture(SKETCHES, PHOTOS, INDEX, RIGHT, side=side, match=INDEX[:, 2]))
+    added = side + 10
+    assert with_it.shape == (plain.shape[0], plain.shape[1] + added, 3)
+    assert (with_it[40:, 16 + side + added :] == plain[40:, 16 + side :]).all()  # the rest moves over
+    inner = slice(4, side - 20)  # within frames and badges
+    for row in range(3):
+        y, third = 40 + row * (side + 10), 16 + side + 30 + 2 * (side + 10)
+        own = with_it[y : y + side, 16 + added : 16 + added + side][inner, inner]
+        assert (own == plain[y : y + side, third : third + side][inner, inner]).all()
+    with pytest.raises(ValueError, match="match must be 3 integers"):
+        retrieval_picture(SKETCHES, PHOTOS, INDEX, RIGHT, match=[0])
+    with pytest.raises(ValueError, match=r"match must lie in 0..5, got 0..6"):
+        retrieval_picture(SKETCHES, PHOTOS, INDEX, RIGHT, match=[0, 1, 6])
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
