@@ -35,7 +35,6 @@ SMALL = [(0, 4), (1, 3), (2, 3), (3, 5), (5, 1), (17, 7)]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 MARGINS = [0.0, 0.01, 0.3]
 NAN, INFINITY = math.nan, math.inf
-PLAIN = "donot_use_mm_for_euclid_dist"
 FACTOR = {"euclidean": 1.0, "sqeuclidean": 2.0, "cosine": 0.1}  # what margins suit the metric
 
 
@@ -567,7 +566,7 @@ def calls(teacher, impl):
         "all": lambda q, g: sf.ranking_triplet_loss(q, g, teacher, impl=impl),
         "sampled": lambda q, g: sf.ranking_triplet_loss(q, g, teacher, samples=5, seed=1, impl=impl),
         "distances": lambda q, g: sf.ranking_triplet_loss_from_distances(
-            torch.cdist(q, g, compute_mode=PLAIN), teacher, impl=impl
+            (q[:, None] - g).norm(dim=2), teacher, impl=impl
         ),
         **{
             mining: lambda q, g, mining=mining: sf.triplet_loss(q, g, mining=mining, seed=1, impl=impl)
@@ -620,7 +619,7 @@ def test_second_backward_raises(device, impl):
     query.requires_grad_()
     for call in calls(teacher, impl).values():
         (grad,) = torch.autograd.grad(call(query, gallery), query, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"once differentiable|does not require grad"):
+        with pytest.raises(RuntimeError, match="once differentiable"):
             grad.square().sum().backward()
 
 
@@ -646,7 +645,7 @@ def test_autocast_computes_in_float32(device, impl):
     query, gallery, teacher = batch_of(17, 7, device=device)
     for name, call in calls(teacher, impl).items():
         if name == "distances":
-            continue  # torch.cdist is not ours
+            continue  # its distances are torch's
         with torch.autocast(device, dtype=torch.bfloat16):
             got = call(query, gallery)
         assert_same_bits(got, call(query, gallery), name)
