@@ -566,7 +566,7 @@ def calls(teacher, impl):
         "all": lambda q, g: sf.ranking_triplet_loss(q, g, teacher, impl=impl),
         "sampled": lambda q, g: sf.ranking_triplet_loss(q, g, teacher, samples=5, seed=1, impl=impl),
         "distances": lambda q, g: sf.ranking_triplet_loss_from_distances(
-            (q[:, None] - g).norm(dim=2), teacher, impl=impl
+            (q.contiguous()[:, None] - g).norm(dim=2), teacher, impl=impl
         ),
         **{
             mining: lambda q, g, mining=mining: sf.triplet_loss(q, g, mining=mining, seed=1, impl=impl)
