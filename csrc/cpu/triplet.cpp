@@ -79,7 +79,7 @@ extern const Kernels baseline_kernels;
 
 inline namespace SKETCHFAST_ISA {
 
-constexpr int64_t kBlockAnchors = 16;      // whose distances are formed together
+constexpr int64_t kBlockAnchors = 16;     // whose distances are formed together
 constexpr int64_t kSliceDimensions = 32;  // summed apart: short chains of roundings
 constexpr int kQueries = 4, kPanels = kVectorBytes == 64 ? 4 : 2;  // of a tile held in registers
 constexpr int64_t kRankByCounting = 320;  // columns: above, digits sort faster than comparing all
