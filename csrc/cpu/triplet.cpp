@@ -298,19 +298,21 @@ struct Sorter {
   }
 };
 
+// Which of the teacher's rows row i of the batch is; an index out of range is the nearest in it.
+inline int64_t row_of(const Teacher& teacher, int64_t i) {
+  const int64_t row = teacher.indices ? teacher.indices[i] : i;
+  return row < 0 ? 0 : row >= teacher.rows ? teacher.rows - 1 : row;
+}
+
 // Calls use(j, value) with the teacher's distances of anchor i to all others, as they are stored.
 template <typename Element, typename Widen, typename Use>
 void each_teacher(const Teacher& teacher, int64_t anchor, int64_t batch, Widen widen, Use use) {
-  const auto row_of = [&](int64_t i) {
-    if (!teacher.indices) return i;
-    const int64_t row = teacher.indices[i];
-    return row < 0 ? 0 : row >= teacher.rows ? teacher.rows - 1 : row;
-  };
   const Element* row =
-      static_cast<const Element*>(teacher.data) + row_of(anchor) * teacher.row_stride;
-  for (int64_t j = 0; j < anchor; ++j) use(j, widen(row[row_of(j) * teacher.column_stride]));
+      static_cast<const Element*>(teacher.data) + row_of(teacher, anchor) * teacher.row_stride;
+  for (int64_t j = 0; j < anchor; ++j)
+    use(j, widen(row[row_of(teacher, j) * teacher.column_stride]));
   for (int64_t j = anchor + 1; j < batch; ++j)
-    use(j, widen(row[row_of(j) * teacher.column_stride]));
+    use(j, widen(row[row_of(teacher, j) * teacher.column_stride]));
 }
 
 // --- counting -----------------------------------------------------------------------------------
@@ -711,12 +713,9 @@ real pair_distance(const Embeddings& from, int64_t i, int64_t j) {
 }
 
 inline double teacher_distance(const Teacher& teacher, int64_t i, int64_t j) {
-  const auto row_of = [&](int64_t k) {
-    const int64_t row = teacher.indices ? teacher.indices[k] : k;
-    return row < 0 ? 0 : row >= teacher.rows ? teacher.rows - 1 : row;
-  };
-  return element(teacher.data, teacher.dtype,
-                 row_of(i) * teacher.row_stride + row_of(j) * teacher.column_stride);
+  return element(
+      teacher.data, teacher.dtype,
+      row_of(teacher, i) * teacher.row_stride + row_of(teacher, j) * teacher.column_stride);
 }
 
 // `active` [batch, samples] or `weights` [batch, batch]; the other is null.
