@@ -54,16 +54,18 @@ def _square(like: Tensor) -> Tensor:
     return like.new_empty((like.shape[0], like.shape[0]), dtype=torch.int32)
 
 
+def _fake_gradients(impl: str):
+    def fake(*args):  # (..., query, gallery, squared)
+        return torch.empty_like(args[-3]), torch.empty_like(args[-2])
+
+    return fake
+
+
 contract.define(
     "triplet",
     "triplet_embedding_bwd",
     "(Tensor scale, Tensor weights, Tensor query, Tensor gallery, bool squared) -> (Tensor, Tensor)",
-    lambda impl: (
-        lambda scale, weights, query, gallery, _: (
-            torch.empty_like(query),
-            torch.empty_like(gallery),
-        )
-    ),
+    _fake_gradients,
 )
 
 
@@ -126,12 +128,7 @@ contract.define(
     "triplet_sampled_bwd",
     "(Tensor scale, Tensor active, Tensor seed, Tensor query, Tensor gallery, bool squared)"
     " -> (Tensor, Tensor)",
-    lambda impl: (
-        lambda scale, active, seed, query, gallery, _: (
-            torch.empty_like(query),
-            torch.empty_like(gallery),
-        )
-    ),
+    _fake_gradients,
 )
 # active [B, samples] int8: R of the s-th triplet of anchor i where it is active, else 0; backward draws the
 # triplets again. seed [] int64.
@@ -207,12 +204,7 @@ contract.define(
     "triplet",
     "triplet_chosen_bwd",
     "(Tensor scale, Tensor chosen, Tensor query, Tensor gallery, bool squared) -> (Tensor, Tensor)",
-    lambda impl: (
-        lambda scale, chosen, query, gallery, _: (
-            torch.empty_like(query),
-            torch.empty_like(gallery),
-        )
-    ),
+    _fake_gradients,
 )
 
 
