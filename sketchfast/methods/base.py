@@ -91,6 +91,17 @@ def _own_rows(rows: Tensor) -> Tensor:
     return rows
 
 
+def sized_rgb(images: Tensor, side: int) -> Tensor:
+    """RGB images [B, 3, H, W] in [0, 1] at [B, 3, side, side]; TypeError or ValueError for others."""
+    if not images.is_floating_point():
+        raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}")
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must have shape [B, 3, H, W], got {tuple(images.shape)}")
+    if images.shape[2:] == (side, side):
+        return images
+    return nn.functional.interpolate(images, (side, side), mode="bilinear", antialias=True)
+
+
 class Method(nn.Module):
     """A published method: its network, its loss and its paper's protocols.
 

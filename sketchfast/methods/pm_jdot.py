@@ -31,6 +31,7 @@ from .base import (
     as_tensor,
     different_settings,
     embed_images,
+    sized_rgb,
 )
 
 if TYPE_CHECKING:
@@ -625,14 +626,7 @@ class PMJDOT(Method):
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         """Features [B, D] of length 1 of RGB images [B, 3, H, W] in [0, 1], resized where needed."""
-        if not images.is_floating_point():
-            raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}")
-        if images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must have shape [B, 3, H, W], got {tuple(images.shape)}")
-        size = (self.config.image_size, self.config.image_size)
-        if images.shape[2:] != size:
-            images = F.interpolate(images, size, mode="bilinear", antialias=True)
-        return self.features(images)
+        return self.features(sized_rgb(images, self.config.image_size))
 
     @torch.no_grad()
     def pictures(self, batch: ImageBatch, count: int = 8) -> dict[str, Tensor]:
