@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops._contract import FLOAT_DTYPES, check_integer, check_number, check_tensor
-from .ops.hyperlstm import State, check_impl, hyperlstm
+from .ops._contract import FLOAT_DTYPES, IMPLS, check_integer, check_number, check_tensor, describe
+from .ops.hyperlstm import State, hyperlstm
 
-__all__ = ["HyperLSTM", "HyperLSTMCell"]
+__all__ = ["Context", "HyperLSTM", "HyperLSTMCell"]
+
+
+class Context(NamedTuple):
+    """What an input that is constant over time comes to; see `HyperLSTM.project`."""
+
+    products: Tensor
+    """[B, 4 hidden_size + 4 hyper_size]"""
+    size: int
+    """features of that input"""
 
 
 def _blockwise_orthogonal_(weight: Tensor, rows: int) -> None:
@@ -41,7 +53,8 @@ class _HyperLSTMBase(nn.Module):
         if self.recurrent_dropout >= 1:
             raise ValueError(f"recurrent_dropout must be below 1, got {recurrent_dropout!r}")
         self.forget_bias = check_number("forget_bias", forget_bias)
-        check_impl(impl)
+        if impl not in IMPLS:
+            raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
         self.impl = impl
 
         hidden_size, hyper_size, embed_size = self.hidden_size, self.hyper_size, self.embed_size
@@ -104,19 +117,46 @@ class _HyperLSTMBase(nn.Module):
             f"recurrent_dropout={self.recurrent_dropout}, forget_bias={self.forget_bias}, impl={self.impl!r}"
         )
 
+    def project(self, context: Tensor) -> Context:
+        """The products of `context` [B, C] with the weights of the last C <= input_size of the inputs.
+
+        Computed once and given as `context=`, it stands for that input at every step.
+        """
+        check_tensor("context", context, ("B", "C"), FLOAT_DTYPES, like=self.weight_ih)
+        size = context.shape[1]
+        if size > self.input_size:
+            raise ValueError(f"context must have at most input_size={self.input_size} features, got {size}")
+        columns = slice(self.input_size - size, self.input_size)
+        weight = torch.cat((self.weight_ih[:, columns], self.hyper_weight_ih[:, columns]))
+        return Context(F.linear(context, weight), size)
+
     def _run(
         self,
         x: Tensor,
         state: State | None,
         *,
+        context: Tensor | Context | None = None,
         lengths: Tensor | None = None,
         seed: Tensor | int | None = None,
         step_offset: int = 0,
     ) -> tuple[Tensor, State]:
+        weights = self._weights()
+        if context is not None and not isinstance(context, Context):
+            if not isinstance(context, Tensor):
+                raise TypeError(
+                    f"context must be a tensor or what `project` returns, got {describe(context)}"
+                )
+            context = self.project(context)
+        if context is not None:
+            own = self.input_size - context.size
+            weights["weight_ih"] = weights["weight_ih"][:, :own]
+            both = weights["hyper_weight_ih"]
+            weights["hyper_weight_ih"] = torch.cat((both[:, :own], both[:, self.input_size :]), dim=1)
         return hyperlstm(
             x,
             state,
-            self._weights(),
+            weights,
+            base=None if context is None else context.products,
             lengths=lengths,
             forget_bias=self.forget_bias,
             recurrent_dropout=self.recurrent_dropout if self.training else 0.0,
@@ -150,12 +190,15 @@ class HyperLSTM(_HyperLSTMBase):
         recurrent_dropout: probability in [0, 1) that an element of tanh(j) or tanh(pj) is dropped at a step,
             in training mode only.
         forget_bias: added to the forget gates.
-        impl: "auto" or "reference"; the fused kernels ("native", "triton") do not exist yet: ValueError.
+        impl: "auto", "native" (C++ on CPU, CUDA on GPU), "triton" or "reference". An explicit one that cannot
+            run raises RuntimeError at the call.
 
     `forward` returns `(out [T, B, H], (h, c, hyper_h, hyper_c))`; gradients go to x, to state and to every
     parameter. Its arguments:
         x: [T, B, input_size], on the device and dtype of the parameters (any but float64 under autocast).
         state: (h [B, H], c [B, H], hyper_h [B, Hh], hyper_c [B, Hh]); None is zeros.
+        context: [B, C], an input that is the same at every step, or what `project` made of it once: then x
+            is [T, B, input_size - C], and stands before it. Its products are taken once and not T times.
         lengths: [B] integer, clamped to [0, T]; past a sequence's length its state holds and out is 0.
         seed: int64 scalar tensor (or int in [-2**63, 2**63)) that decides the dropout masks; None draws one
             from torch's generator on x's device.
@@ -169,24 +212,35 @@ class HyperLSTM(_HyperLSTMBase):
         x: Tensor,
         state: State | None = None,
         *,
+        context: Tensor | Context | None = None,
         lengths: Tensor | None = None,
         seed: Tensor | int | None = None,
         step_offset: int = 0,
     ) -> tuple[Tensor, State]:
-        return self._run(x, state, lengths=lengths, seed=seed, step_offset=step_offset)
+        return self._run(x, state, context=context, lengths=lengths, seed=seed, step_offset=step_offset)
 
 
 class HyperLSTMCell(_HyperLSTMBase):
     """One step of `HyperLSTM`: same arguments, same parameter names, same equations.
 
-    `forward(x [B, input_size], state=None, *, step=0, seed=None)` returns the next state
+    `forward(x [B, input_size], state=None, *, step=0, seed=None, context=None)` returns the next state
     `(h, c, hyper_h, hyper_c)`; h is the output. `step` counts the steps run before and, with `seed`, decides
-    the dropout mask, so that cells stepped under one seed equal the sequence.
+    the dropout mask, so that cells stepped under one seed equal the sequence. In a loop of steps give
+    `context=cell.project(constant_input)`, made once: each step then multiplies only what changes.
     """
 
     def forward(
-        self, x: Tensor, state: State | None = None, *, step: int = 0, seed: Tensor | int | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        *,
+        step: int = 0,
+        seed: Tensor | int | None = None,
+        context: Tensor | Context | None = None,
     ) -> State:
-        check_tensor("x", x, ("B", self.input_size), FLOAT_DTYPES)
+        if isinstance(context, Tensor):
+            context = self.project(context)
+        own = self.input_size - (0 if context is None else context.size)
+        check_tensor("x", x, ("B", own), FLOAT_DTYPES)
         check_integer("step", step, 0)
-        return self._run(x[None], state, seed=seed, step_offset=step)[1]
+        return self._run(x[None], state, seed=seed, step_offset=step, context=context)[1]

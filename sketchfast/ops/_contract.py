@@ -121,13 +121,14 @@ def define(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[[str], Callable[..., Any]] | None = None,
     impls: tuple[str, ...] = ("native", "triton"),
+    composed: Callable[[str], Callable[..., Any]] | None = None,
 ) -> None:
     """Registers the ops `sketchfast::<name>_native` and `sketchfast::<name>_triton`, or one of them.
 
     Native kernels attach themselves when their library is loaded; the Triton one is `<name>` of
     `sketchfast.kernels.triton.<module>`, imported at its first call. `fake(impl)` and `backward(impl)` give
     the fake and the backward formula of that impl; the formula is once differentiable. Without one, the op is
-    an end of differentiation.
+    an end of differentiation. `composed(impl)` is the op's own body, where it is made of smaller kernels.
     """
     for impl in impls:
         qualified = f"sketchfast::{name}_{impl}"
@@ -137,10 +138,10 @@ def define(
             torch.library.register_autograd(
                 qualified, _once_differentiable(backward(impl)), setup_context=setup_context, lib=_library
             )
-    if "triton" in impls:
-        launcher = _lazy_triton(module, name)
-        _library.impl(f"{name}_triton", launcher, "CUDA")
-        _library.impl(f"{name}_triton", launcher, "CPU")
+        body = composed(impl) if composed is not None else _lazy_triton(module, name)
+        if impl == "triton" or composed is not None:
+            for key in ("CPU", "CUDA"):
+                _library.impl(f"{name}_{impl}", body, key)
 
 
 def define_shared(name: str, signature: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -178,10 +179,13 @@ def _end_of_differentiation(grads: Any) -> Any:
     """The gradients as they are, or, where a graph of them is being made, such that its backward raises."""
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return grads
-    anchor = torch.zeros((), requires_grad=True)
-    if isinstance(grads, Tensor):
-        return _EndOfDifferentiation.apply(grads, anchor)
-    return tuple(g if g is None else _EndOfDifferentiation.apply(g, anchor) for g in grads)
+    if grads is None or isinstance(grads, Tensor):
+        return (
+            grads
+            if grads is None
+            else _EndOfDifferentiation.apply(grads, torch.zeros((), requires_grad=True))
+        )
+    return type(grads)(_end_of_differentiation(g) for g in grads)
 
 
 def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:

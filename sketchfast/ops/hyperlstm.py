@@ -1,28 +1,223 @@
-"""HyperLSTM over a whole sequence: validation, choice of impl, call. `sketchfast.nn` holds the parameters."""
+"""HyperLSTM over a whole sequence: validation, schema, autograd, choice of impl.
+
+The fused op is one forward and one backward over all steps (`kernels/hyperlstm_loop.py`); a backend gives it
+the kernels between the matrix products. `sketchfast.nn` holds the parameters.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..kernels import hyperlstm_loop as loop
 from ..kernels.reference import hyperlstm as reference
-from ._contract import FLOAT_DTYPES, IMPLS, INTEGER_DTYPES, check_integer, check_tensor, describe
+from . import _contract as contract
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 STATE_NAMES = ("h", "c", "hyper_h", "hyper_c")
 
 
-def check_impl(impl: str) -> None:
-    """ValueError where `impl` is unknown, or names a fused kernel: none is written for this op so far."""
-    if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
-    if impl in ("native", "triton"):
-        raise ValueError(
-            f"impl must be 'auto' or 'reference': the fused HyperLSTM kernel does not exist yet, got {impl!r}"
+# --- schemas, fakes, autograd -------------------------------------------------------------------------------
+#
+# x [T, B, I] of O, contiguous, zero past the end; base [B, 4H + 4Hh] of `dtype`; h, hyper_h of O, cells of A;
+# weights as `loop.Weights`. For what O, A and the last four results are, see kernels/hyperlstm_loop.py.
+
+_SETTINGS = "Tensor? lengths, Tensor? seed, SymInt step_offset, float forget_bias, float dropout"
+
+
+def _kernels(impl: str) -> loop.Kernels:
+    """The backend's kernels; imported here, at the first call, as Triton is."""
+    if impl == "triton":
+        return import_module("sketchfast.kernels.triton.hyperlstm").KERNELS
+    return _NATIVE
+
+
+def _run_forward(impl: str):
+    def forward(
+        x, base, h, c, hyper_h, hyper_c, weights, lengths, seed, step_offset, forget_bias, dropout, dtype
+    ):
+        settings = loop.Settings(lengths, seed, step_offset, forget_bias, dropout)
+        with contract.full_precision(x.device.type):
+            return loop.forward(
+                _kernels(impl), x, base, (h, c, hyper_h, hyper_c), loop.Weights(*weights), settings, dtype
+            )
+
+    return forward
+
+
+def _run_backward(impl: str):
+    def backward(
+        grad_out, grad_h, grad_c, grad_hyper_h, grad_hyper_c, x, base, h, weights,
+        lengths, seed, step_offset, forget_bias, dropout,
+        out, recurrent, cells, hyper_cells, hyper_hiddens, needs_x,
+    ):  # fmt: skip
+        settings = loop.Settings(lengths, seed, step_offset, forget_bias, dropout)
+        grads = (grad_out, grad_h, grad_c, grad_hyper_h, grad_hyper_c)
+        kept = (out, recurrent, cells, hyper_cells, hyper_hiddens)
+        with contract.full_precision(x.device.type):
+            found = loop.backward(
+                _kernels(impl), grads, x, base, h, loop.Weights(*weights), settings, kept, needs_x=needs_x
+            )
+        return *found[:6], list(found[6:])
+
+    return backward
+
+
+def _fake_forward(impl: str):
+    def forward(
+        x, base, h, c, hyper_h, hyper_c, weights, lengths, seed, step_offset, forget_bias, dropout, dtype
+    ):
+        steps, batch, _ = x.shape
+        hidden, hyper = weights[1].shape[1], weights[4].shape[1]
+        # a chunk's length depends on the batch: for symbolic sizes as many states are kept as need be
+        chunks = loop.chunk_count(steps, batch)
+        return (
+            x.new_empty(steps, batch, hidden),
+            x.new_empty(batch, hidden),
+            c.new_empty(batch, hidden),
+            x.new_empty(batch, hyper),
+            c.new_empty(batch, hyper),
+            x.new_empty(steps, batch, 4 * (hidden + hyper), dtype=dtype),
+            c.new_empty(chunks, batch, hidden),
+            c.new_empty(chunks, batch, hyper),
+            x.new_empty(chunks, batch, hyper, dtype=dtype),
         )
+
+    return forward
+
+
+def _fake_backward(impl: str):
+    def backward(
+        grad_out, grad_h, grad_c, grad_hyper_h, grad_hyper_c, x, base, h, weights,
+        lengths, seed, step_offset, forget_bias, dropout,
+        out, recurrent, cells, hyper_cells, hyper_hiddens, needs_x,
+    ):  # fmt: skip
+        batch, hyper = x.shape[1], hyper_cells.shape[2]
+        return (
+            torch.empty_like(x) if needs_x else x.new_empty(0),
+            x.new_empty(0, dtype=cells.dtype) if base is None else torch.empty_like(base),
+            torch.empty_like(h, memory_format=torch.contiguous_format),
+            cells.new_empty(batch, cells.shape[2]),
+            h.new_empty(batch, hyper),
+            cells.new_empty(batch, hyper),
+            [weight.new_empty(weight.shape) for weight in weights],
+        )
+
+    return backward
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, base, h, _, _, _, weights, lengths, seed, *ctx.numbers, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[5:])
+    ctx.weights = len(weights)
+    ctx.save_for_backward(x, base, h, *weights, lengths, seed, output[0], *output[5:])
+
+
+def _backward_formula(impl: str):
+    def backward(ctx: Any, *grads: Tensor | None):
+        x, base, h, *rest = ctx.saved_tensors
+        weights, (lengths, seed, *kept) = rest[: ctx.weights], rest[ctx.weights :]
+        none = (None,) * 6
+        if all(grad is None for grad in grads[:5]):
+            return (None,) * 6, [None] * ctx.weights, *none
+        needs_x = ctx.needs_input_grad[0]
+        op = getattr(torch.ops.sketchfast, f"hyperlstm_bwd_{impl}")
+        grad_x, grad_base, *state, of_weights = op(
+            *grads[:5], x, base, h, weights, lengths, seed, *ctx.numbers, *kept, needs_x
+        )
+        grad_x, grad_base = grad_x if needs_x else None, None if base is None else grad_base
+        return grad_x, grad_base, *state, of_weights, *none
+
+    return backward
+
+
+contract.define(
+    "hyperlstm",
+    "hyperlstm_bwd",
+    "(Tensor? grad_out, Tensor? grad_h, Tensor? grad_c, Tensor? grad_hyper_h, Tensor? grad_hyper_c,"
+    f" Tensor x, Tensor? base, Tensor h, Tensor[] weights, {_SETTINGS}, Tensor out, Tensor recurrent,"
+    " Tensor cells, Tensor hyper_cells, Tensor hyper_hiddens, bool needs_x)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    _fake_backward,
+    composed=_run_backward,
+)
+contract.define(
+    "hyperlstm",
+    "hyperlstm_fwd",
+    "(Tensor x, Tensor? base, Tensor h, Tensor c, Tensor hyper_h, Tensor hyper_c, Tensor[] weights,"
+    f" {_SETTINGS}, ScalarType dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_forward,
+    setup_context=_setup,
+    backward=_backward_formula,
+    composed=_run_forward,
+)
+
+# The native kernels of one step or chunk; arguments as `loop.Kernels` explains them.
+_NORM = "Tensor? ln_weight, Tensor? ln_bias, Tensor? ln_c_weight, Tensor? ln_c_bias"
+_STEP = "Tensor? lengths, Tensor? seed, int step, int step_offset, float forget_bias, float dropout"
+
+
+def _fake_step(impl: str):
+    return lambda *args: None
+
+
+for _name, _signature in {
+    "hyperlstm_hyper_fwd": (
+        "(Tensor(a!) gates, Tensor? x_part, Tensor(b!) cell, Tensor(c!) hidden, Tensor(d!)? last,"
+        " Tensor(e!)? cells"
+    ),
+    "hyperlstm_main_fwd": (
+        "(Tensor recurrent, Tensor x_part, Tensor scales, Tensor bias, Tensor(a!) cell, Tensor(b!)? out,"
+        " Tensor(c!)? hidden, Tensor(d!)? cells"
+    ),
+    "hyperlstm_main_bwd": (
+        "(Tensor recurrent, Tensor x_part, Tensor scales, Tensor bias, Tensor cell_before, Tensor cell_after,"
+        " Tensor? grad_out, Tensor(a!) grad_hidden, Tensor(b!) grad_cell, Tensor(c!) grad_recurrent,"
+        " Tensor(d!) grad_x_part, Tensor(e!) grad_scales, Tensor(f!) partials"
+    ),
+    "hyperlstm_hyper_bwd": (
+        "(Tensor gates, Tensor cell_before, Tensor cell_after, Tensor(a!) grad_hidden, Tensor(b!) grad_cell,"
+        " Tensor(c!) grad_gates, Tensor(d!) partials"
+    ),
+}.items():
+    contract.define(
+        "hyperlstm", _name, f"{_signature}, {_NORM}, {_STEP}) -> ()", _fake_step, impls=("native",)
+    )
+
+
+class _NativeKernels:
+    """`loop.Kernels` by the compiled library, on either device."""
+
+    def slots(self, like: Tensor, batch: int) -> int:
+        # a slot is a thread's on CPU, a block's on CUDA: enough of them to fill any GPU there is
+        return torch.get_num_threads() if like.device.type == "cpu" else min(max(batch, 1), 264)
+
+    def products(self, like: Tensor) -> loop.Products:
+        return loop.Products()
+
+    def hyper_fwd(self, *args: Any) -> None:
+        torch.ops.sketchfast.hyperlstm_hyper_fwd_native(*args)
+
+    def main_fwd(self, *args: Any) -> None:
+        torch.ops.sketchfast.hyperlstm_main_fwd_native(*args)
+
+    def main_bwd(self, *args: Any) -> None:
+        torch.ops.sketchfast.hyperlstm_main_bwd_native(*args)
+
+    def hyper_bwd(self, *args: Any) -> None:
+        torch.ops.sketchfast.hyperlstm_hyper_bwd_native(*args)
+
+
+_NATIVE = _NativeKernels()
+
+
+# --- the public function ------------------------------------------------------------------------------------
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -34,26 +229,33 @@ def _check_state(state: Any, sizes: tuple[int, ...], batch: int, like: Tensor) -
     if not isinstance(state, (tuple, list)) or len(state) != 4:
         raise TypeError(f"state must be a tuple (h, c, hyper_h, hyper_c), got {type(state).__name__}")
     for name, part, size in zip(STATE_NAMES, state, sizes, strict=True):
-        check_tensor(f"state's {name}", part, (batch, size), FLOAT_DTYPES, like=like)
+        contract.check_tensor(f"state's {name}", part, (batch, size), contract.FLOAT_DTYPES, like=like)
     h, c, hyper_h, hyper_c = state
     return h, c, hyper_h, hyper_c
 
 
 def _check_seed(seed: Any, device: torch.device) -> Tensor:
     if isinstance(seed, Tensor):
-        return check_tensor("seed", seed, (), (torch.int64,)).to(device)
-    number = check_integer("seed", seed, -(2**63), 2**63 - 1)
+        return contract.check_tensor("seed", seed, (), (torch.int64,)).to(device)
+    number = contract.check_integer("seed", seed, -(2**63), 2**63 - 1)
     return torch.tensor(number, dtype=torch.int64, device=device)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype autocast has products in on x's device, None where it is off or leaves float64 alone."""
+    device = x.device.type
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def _check_dtype(x: Tensor, weight: Tensor) -> None:
     """TypeError where x has not the parameters' dtype; autocast, which casts all but float64, forgives it."""
     if x.dtype == weight.dtype:
         return
-    forgiving = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-    if not forgiving or torch.float64 in (x.dtype, weight.dtype):
+    if _autocast_dtype(x) is None or weight.dtype == torch.float64:
         wanted = str(weight.dtype).removeprefix("torch.")
-        raise TypeError(f"x must be of dtype {wanted} as the parameters are, got {describe(x)}")
+        raise TypeError(f"x must be of dtype {wanted} as the parameters are, got {contract.describe(x)}")
 
 
 def hyperlstm(
@@ -61,6 +263,7 @@ def hyperlstm(
     state: State | None,
     params: Mapping[str, Tensor],
     *,
+    base: Tensor | None = None,
     lengths: Tensor | None = None,
     forget_bias: float = 1.0,
     recurrent_dropout: float = 0.0,
@@ -71,31 +274,62 @@ def hyperlstm(
     """HyperLSTM; see `sketchfast.nn.HyperLSTM` for the equations, and for what each argument is.
 
     `params` maps the parameter names of that module to tensors; `recurrent_dropout` is applied where it is
-    above 0, whatever the mode of the module.
+    above 0, whatever the mode of the module. `base` [B, 4H + 4Hh] is added to the products of x with
+    `weight_ih` and with the x columns of `hyper_weight_ih` at every step: what an input that is constant over
+    time comes to.
     """
-    check_impl(impl)
     inputs = params["weight_ih"].shape[1]
     hidden, hyper = params["weight_hh"].shape[1], params["hyper_weight_hh"].shape[1]
-    check_tensor("x", x, ("T", "B", inputs), FLOAT_DTYPES, like=params["weight_ih"])
+    contract.check_tensor("x", x, ("T", "B", inputs), contract.FLOAT_DTYPES, like=params["weight_ih"])
     _check_dtype(x, params["weight_ih"])
-    batch = x.shape[1]
+    impl = contract.choose_impl("hyperlstm", impl, x.device.type, x.dtype)
+    steps, batch, _ = x.shape
+    if base is not None:
+        contract.check_tensor("base", base, (batch, 4 * (hidden + hyper)), contract.FLOAT_DTYPES, like=x)
     if state is None:
         state = tuple(x.new_zeros(batch, size) for size in (hidden, hidden, hyper, hyper))  # type: ignore[assignment]
     state = _check_state(state, (hidden, hidden, hyper, hyper), batch, x)
     if lengths is not None:
-        check_tensor("lengths", lengths, (batch,), INTEGER_DTYPES, like=x)
-    check_integer("step_offset", step_offset, 0)
+        contract.check_tensor("lengths", lengths, (batch,), contract.INTEGER_DTYPES, like=x)
+    contract.check_integer("step_offset", step_offset, 0)
     if recurrent_dropout > 0:
         seed = draw_seed(x.device) if seed is None else _check_seed(seed, x.device)
     else:
         seed = None
-    return reference.hyperlstm(
-        x,
-        state,
-        params,
-        lengths=lengths,
-        forget_bias=forget_bias,
-        recurrent_dropout=recurrent_dropout,
-        seed=seed,
-        step_offset=step_offset,
-    )
+    if lengths is not None:
+        live = torch.arange(steps, device=x.device)[:, None] < lengths[None]
+        x = torch.where(
+            live[..., None], x, x.new_zeros(())
+        )  # what lies past the end may be anything, NaN too
+    if impl == "reference":
+        out, last = reference.hyperlstm(
+            x,
+            state,
+            params,
+            base=base,
+            lengths=lengths,
+            forget_bias=forget_bias,
+            recurrent_dropout=recurrent_dropout,
+            seed=seed,
+            step_offset=step_offset,
+        )
+        return contract.once(out), tuple(contract.once(part) for part in last)  # type: ignore[return-value]
+    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = _autocast_dtype(x) or x.dtype
+    h, c, hyper_h, hyper_c = state
+    out, *last = getattr(torch.ops.sketchfast, f"hyperlstm_fwd_{impl}")(
+        x.contiguous(),
+        None if base is None else base.to(dtype),
+        h.to(x.dtype),
+        c.to(accumulate),
+        hyper_h.to(x.dtype),
+        hyper_c.to(accumulate),
+        [params[name] for name in loop.Weights._fields if name in params],
+        None if lengths is None else lengths.long(),
+        seed,
+        step_offset,
+        forget_bias,
+        float(recurrent_dropout),
+        dtype,
+    )[:5]
+    return out, tuple(last)  # type: ignore[return-value]

@@ -53,7 +53,8 @@ def dropout_masks(
     block = torch.arange((batch * width + 3) // 4, device=seed.device)[None]
     zero = torch.zeros_like(block)
     words = philox4x32((step, zero + stream, block, zero), (seed & _WORD, (seed >> 32) & _WORD))
-    kept = words.flatten(1)[:, : batch * width] >= p * 2.0**32
+    # in double: int64 against a number would be compared in float32
+    kept = words.flatten(1)[:, : batch * width].double() >= p * 2.0**32
     return (kept.float() / (1.0 - p)).view(steps, batch, width)
 
 
@@ -69,6 +70,7 @@ def hyperlstm(
     state: State,
     params: Mapping[str, Tensor],
     *,
+    base: Tensor | None = None,
     lengths: Tensor | None = None,
     forget_bias: float = 1.0,
     recurrent_dropout: float = 0.0,
@@ -78,9 +80,10 @@ def hyperlstm(
     """Runs x [T, B, I] through the HyperLSTM; gives out [T, B, H] and the last state.
 
     `state` is (h [B, H], c [B, H], hyper_h [B, Hh], hyper_c [B, Hh]); `params` maps the parameter names of
-    `sketchfast.nn.HyperLSTM` to tensors, and has layer norm iff it has `ln_weight`. Dropout is on iff
-    `recurrent_dropout` > 0. Cells, gates and layer norms are float32 (float64 for float64); out, h and
-    hyper_h come in x's dtype.
+    `sketchfast.nn.HyperLSTM` to tensors, and has layer norm iff it has `ln_weight`. `base` [B, 4H + 4Hh] is
+    added to the products of x at every step. x is zero past the end. Dropout is on iff `recurrent_dropout` is
+    above 0. Cells, gates and layer norms are float32 (float64 for float64); out, h and hyper_h come in x's
+    dtype.
     """
     steps, batch, inputs = x.shape
     hidden, hyper = params["weight_hh"].shape[1], params["hyper_weight_hh"].shape[1]
@@ -101,10 +104,11 @@ def hyperlstm(
     hyper_weight_hh = params["hyper_weight_hh"].t()
 
     if lengths is not None:
-        live = torch.arange(steps, device=x.device)[:, None, None] < lengths.clamp(0, steps)[None, :, None]
-        x = torch.where(live, x, x.new_zeros(()))  # what lies past the end may be anything, NaN too
-        lives = live.unbind(0)
-    x_main, x_hyper = F.linear(x, from_x).to(accumulate).split((main_gates, hyper_gates), dim=-1)
+        lives = (torch.arange(steps, device=x.device)[:, None, None] < lengths[None, :, None]).unbind(0)
+    from_input = F.linear(x, from_x).to(accumulate)
+    if base is not None:
+        from_input = from_input + base.to(accumulate)
+    x_main, x_hyper = from_input.split((main_gates, hyper_gates), dim=-1)
     x_mains = x_main.unflatten(-1, (4, hidden)).transpose(1, 2).contiguous().unbind(0)
     x_hypers = x_hyper.unbind(0)
     if recurrent_dropout > 0:

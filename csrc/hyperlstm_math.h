@@ -1,0 +1,108 @@
+// What the HyperLSTM's kernels compute of one unit, on CPU and GPU alike (HYPERLSTM.md). Written
+// over V, a number or a vector of units.
+#pragma once
+
+#include "elementary.h"
+
+namespace sketchfast {
+#if defined(SKETCHFAST_ISA)
+inline namespace SKETCHFAST_ISA {
+#endif
+
+constexpr double kLayerNormEps = 1e-3;
+// Streams of the dropout masks.
+constexpr uint32_t kMainStream = 0, kHyperStream = 1;
+
+template <typename V>
+SKETCHFAST_HD V logistic(V x) {
+  return 1 / (1 + exponential(-x));
+}
+
+// Near 0, where e^2x - 1 would lose digits, by its series.
+template <typename V>
+SKETCHFAST_HD V hyperbolic_tangent(V x) {
+  const V a = maximum(x, -x), decay = exponential(-2 * a);
+  const V far = (1 - decay) / (1 + decay);
+  const V x2 = x * x;
+  const V near =
+      x + x * x2 *
+              (x2 * (x2 * (x2 * (x2 * V(-1382.0 / 155925) + V(62.0 / 2835)) - V(17.0 / 315)) +
+                     V(2.0 / 15)) -
+               V(1.0 / 3));
+  return select(a < V(0.25), near, select(x < 0, -far, far));
+}
+
+// Gates before their activations are i, j, f, o; j is the new input. `kept` is what dropout leaves
+// of tanh(j): 0 or 1 / (1 - p), and 1 without it.
+template <typename V>
+struct Activations {
+  V input, update, forget, output;
+};
+
+template <typename V, typename real>
+SKETCHFAST_HD Activations<V> activate(V i, V j, V f, V o, real forget_bias) {
+  return {logistic(i), hyperbolic_tangent(j), logistic(f + forget_bias), logistic(o)};
+}
+
+// c' = c s(f + forget_bias) + s(i) drop(tanh(j))
+template <typename V>
+SKETCHFAST_HD V next_cell(const Activations<V>& gate, V cell, V kept) {
+  return cell * gate.forget + gate.input * (gate.update * kept);
+}
+
+// Gradients of the gates before their activations, and of the cell before the step.
+template <typename V>
+struct CellGradient {
+  V i, j, f, o, cell;
+};
+
+// From the gradient of c' (layer norm and tanh of it included) and that of s(o).
+template <typename V>
+SKETCHFAST_HD CellGradient<V> cell_gradient(const Activations<V>& gate, V cell, V kept, V grad_cell,
+                                            V grad_output) {
+  return {
+      grad_cell * (gate.update * kept) * gate.input * (1 - gate.input),
+      grad_cell * gate.input * kept * (1 - gate.update * gate.update),
+      grad_cell * cell * gate.forget * (1 - gate.forget),
+      grad_output * gate.output * (1 - gate.output),
+      grad_cell * gate.forget,
+  };
+}
+
+// Gradient through (x - mean) / deviation, `normed`, where `grad` is that of the normed value:
+// mean_grad and mean_product are the means over the units of grad and of grad * normed.
+template <typename V>
+SKETCHFAST_HD V layer_norm_gradient(V grad, V normed, V mean_grad, V mean_product,
+                                    V inverse_deviation) {
+  return inverse_deviation * (grad - mean_grad - normed * mean_product);
+}
+
+// Philox4x32-10 (Salmon et al. 2011) at counter (step, stream, block, 0) under key `seed`.
+struct FourWords {
+  uint32_t word[4];
+};
+
+SKETCHFAST_HD FourWords dropout_words(uint64_t seed, uint32_t step, uint32_t stream,
+                                      uint32_t block) {
+  uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
+  uint32_t x0 = step, x1 = stream, x2 = block, x3 = 0;
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = uint64_t(x0) * 0xD2511F53u, product1 = uint64_t(x2) * 0xCD9E8D57u;
+    x0 = uint32_t(product1 >> 32) ^ x1 ^ key0;
+    x1 = uint32_t(product1);
+    x2 = uint32_t(product0 >> 32) ^ x3 ^ key1;
+    x3 = uint32_t(product0);
+    key0 += 0x9E3779B9u;
+    key1 += 0xBB67AE85u;
+  }
+  return {{x0, x1, x2, x3}};
+}
+
+// Element b * width + unit is word element % 4 of block element / 4, kept iff word / 2^32 >= p:
+// iff it is at least this. (p below 1 by less than 2^-32 keeps nothing.)
+inline uint64_t dropout_threshold(double p) { return uint64_t(::ceil(p * 4294967296.0)); }
+
+#if defined(SKETCHFAST_ISA)
+}  // namespace SKETCHFAST_ISA
+#endif
+}  // namespace sketchfast
