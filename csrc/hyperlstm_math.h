@@ -18,18 +18,34 @@ SKETCHFAST_HD V logistic(V x) {
   return 1 / (1 + exponential(-x));
 }
 
-// Near 0, where e^2x - 1 would lose digits, by its series.
+// The type of one of V's numbers.
+template <typename V>
+struct NumberOf {
+  using type = V;
+};
+#if defined(SKETCHFAST_ISA)
+template <>
+struct NumberOf<FloatV> {
+  using type = float;
+};
+template <>
+struct NumberOf<DoubleV> {
+  using type = double;
+};
+#endif
+
+// Near 0, where 1 - e^-2x would lose digits, by its series.
 template <typename V>
 SKETCHFAST_HD V hyperbolic_tangent(V x) {
-  const V a = maximum(x, -x), decay = exponential(-2 * a);
-  const V far = (1 - decay) / (1 + decay);
-  const V x2 = x * x;
-  const V near =
-      x + x * x2 *
-              (x2 * (x2 * (x2 * (x2 * V(-1382.0 / 155925) + V(62.0 / 2835)) - V(17.0 / 315)) +
-                     V(2.0 / 15)) -
-               V(1.0 / 3));
-  return select(a < V(0.25), near, select(x < 0, -far, far));
+  using real = typename NumberOf<V>::type;
+  const V magnitude = maximum(x, -x), decay = exponential(-2 * magnitude);
+  const V far = (1 - decay) / (1 + decay), x2 = x * x;
+  V series = x2 * real(21844.0 / 6081075) - real(1382.0 / 155925);
+  series = series * x2 + real(62.0 / 2835);
+  series = series * x2 - real(17.0 / 315);
+  series = series * x2 + real(2.0 / 15);
+  series = series * x2 - real(1.0 / 3);
+  return select(magnitude < real(0.125), x + x * x2 * series, select(x < 0, -far, far));
 }
 
 // Gates before their activations are i, j, f, o; j is the new input. `kept` is what dropout leaves

@@ -425,8 +425,9 @@ def backward(
             this = step - start
             kernels.main_bwd(
                 mains[step], x_main[this], scales[:, this], w.bias,
-                cells_after[this - 1] if this else cells[index], cells_after[this], None if grad_out is None else grad_out[step], grad_hidden, grad_cell,
-                grad_mains[this], grad_x_main[this], grad_scales[:, this], partials, *w.main_norm,
+                cells_after[this - 1] if this else cells[index], cells_after[this],
+                None if grad_out is None else grad_out[step], grad_hidden, grad_cell, grad_mains[this],
+                grad_x_main[this], grad_scales[:, this], partials, *w.main_norm,
                 settings.lengths, settings.seed, step, *settings[2:],
             )  # fmt: skip
             products.bmm(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -189,6 +189,50 @@ for _name, _signature in {
     contract.define(
         "hyperlstm", _name, f"{_signature}, {_NORM}, {_STEP}) -> ()", _fake_step, impls=("native",)
     )
+
+
+# Single-precision products on CPU; see csrc/cpu/hyperlstm_products.cpp.
+contract.define(
+    "hyperlstm",
+    "hyperlstm_pack",
+    "(Tensor b) -> Tensor",
+    lambda impl: lambda b: b.new_empty(b.numel()),  # the panels' width is the CPU's
+    impls=("native",),
+)
+contract.define(
+    "hyperlstm",
+    "hyperlstm_product",
+    "(Tensor a, Tensor b, Tensor(a!) out, bool packed, bool add) -> ()",
+    _fake_step,
+    impls=("native",),
+)
+
+
+class _Packed(NamedTuple):
+    """A weight as the library's product takes it, packed once for all steps."""
+
+    panels: Tensor
+
+
+class _WideProducts(loop.Products):
+    """Single precision on a CPU with AVX-512, by the compiled library."""
+
+    def stationary(self, weight: Tensor) -> Any:
+        return _Packed(torch.ops.sketchfast.hyperlstm_pack_native(weight))
+
+    def _product(self, a: Tensor, b: Tensor | _Packed, out: Tensor, add: bool) -> None:
+        packed = isinstance(b, _Packed)
+        held = b.panels if isinstance(b, _Packed) else b
+        torch.ops.sketchfast.hyperlstm_product_native(a, held, out, packed, add)
+
+    def mm(self, a: Tensor, b: Any, out: Tensor, *, add: bool = False) -> None:
+        self._product(a, b, out, add)
+
+    def bmm(self, a: Tensor, b: Any, out: Tensor) -> None:
+        self._product(a, b, out, False)
+
+    def accumulate(self, total: Tensor, a: Tensor, b: Tensor) -> None:
+        self._product(a, b, total, True)
 
 
 class _NativeKernels:

@@ -1,4 +1,4 @@
-"""The kernels of the HyperLSTM's loop in eager PyTorch, gradients by autograd: what each backend's must be."""
+"""The kernels of the HyperLSTM's loop in eager PyTorch, gradients by autograd: the model of every backend."""
 
 from __future__ import annotations
 
