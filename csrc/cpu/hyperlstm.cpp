@@ -175,7 +175,8 @@ void draw_mask(const Setting& s, uint32_t stream, int64_t step, int64_t row, rea
     for (int64_t i = 0; i < kBlocks; ++i) {
       const FourWords words =
           dropout_words(s.seed, uint32_t(step + s.step_offset), stream, uint32_t(block + i));
-      for (int64_t w = 0; w < 4; ++w) drawn[4 * i + w] = words.word[w] >= threshold ? scale : real(0);
+      for (int64_t w = 0; w < 4; ++w)
+        drawn[4 * i + w] = words.word[w] >= threshold ? scale : real(0);
     }
     for (int64_t i = 0; i < 4 * kBlocks; ++i) {
       const int64_t element = block * 4 + i;
@@ -275,8 +276,7 @@ void step_cell(const Setting& s, const Gates<real>& gates, const NormOf<real>& n
   if (norm.cell_weight) m = moments_of(cell, s.width, sum_of_lanes(sum));
   over_units<real>(s.width, [&](int64_t u, auto count) {
     V x = (get(cell + u, count) - real(m.mean)) * real(m.inverse_deviation);
-    if (norm.cell_weight)
-      x = x * get(norm.cell_weight + u, count) + get(norm.cell_bias + u, count);
+    if (norm.cell_weight) x = x * get(norm.cell_weight + u, count) + get(norm.cell_bias + u, count);
     put(hidden + u, hyperbolic_tangent(x) * get(output + u, count), count);
   });
 }
@@ -345,10 +345,9 @@ void step_cell_backward(const Setting& s, const Gates<real>& gates, const NormOf
   over_units<real>(width, [&](int64_t u, auto count) {
     const auto gate = activations_of(gates, norm, width, real(s.forget_bias), u, count);
     const V x = (get(after + u, count) - real(m.mean)) * real(m.inverse_deviation);
-    const V of_cell =
-        get(grad_cell + u, count) +
-        layer_norm_gradient(get(of_normed + u, count), x, V{} + mean_grad, V{} + mean_product,
-                            V{} + real(m.inverse_deviation));
+    const V of_cell = get(grad_cell + u, count) +
+                      layer_norm_gradient(get(of_normed + u, count), x, V{} + mean_grad,
+                                          V{} + mean_product, V{} + real(m.inverse_deviation));
     const V keep = kept ? get(kept + u, count) : V{} + real(1);
     const auto found =
         cell_gradient(gate, get(before + u, count), keep, of_cell, get(of_output + u, count));
@@ -429,8 +428,10 @@ void hyper_fwd_of(const Setting& s, const HyperForward& a, int64_t begin, int64_
       real* hidden = begin_row(a.hidden, t, row, 0, lines.line(10));
       step_cell(s, gates, norm, kept, cell, hidden, output);
       written(a.hidden, t, row, 0, s.width, hidden);
-      if (a.last.data) store_elements(address<real>(a.last, 0, row, 0), a.last.dtype, 0, hidden, s.width);
-      if (a.cells.data) std::memcpy(address<real>(a.cells, t, row, 0), cell, s.width * sizeof(real));
+      if (a.last.data)
+        store_elements(address<real>(a.last, 0, row, 0), a.last.dtype, 0, hidden, s.width);
+      if (a.cells.data)
+        std::memcpy(address<real>(a.cells, t, row, 0), cell, s.width * sizeof(real));
     }
   }
 }
@@ -636,13 +637,13 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kLeastUnits = 1 << 12;  // units of a step worth a thread of their own
 
-const Kernels& kernels() { SKETCHFAST_RETURN_KERNELS_OF_CHOSEN_ISA }
+const Kernels& kernels(){SKETCHFAST_RETURN_KERNELS_OF_CHOSEN_ISA}
 
 // --- arguments ---
 
 // [batch, parts * width], [steps, batch, parts * width] or, with `parts_first`, parts before them.
-Rows rows_of(const char* name, const Tensor& tensor, const Setting& s, int64_t parts, bool has_steps,
-             bool parts_first = false) {
+Rows rows_of(const char* name, const Tensor& tensor, const Setting& s, int64_t parts,
+             bool has_steps, bool parts_first = false) {
   const int64_t lead = parts_first ? 1 : 0, dims = lead + (has_steps ? 1 : 0) + 2;
   bool fits = tensor.dim() == dims;
   if (fits && parts_first) fits = tensor.size(0) == parts;
@@ -652,10 +653,8 @@ Rows rows_of(const char* name, const Tensor& tensor, const Setting& s, int64_t p
   check(fits, name, " must have ", s.batch, " rows of ", columns, ", got shape ", shape_of(tensor));
   check(tensor.stride(dims - 1) == 1 || columns <= 1, name,
         " must be contiguous in its last dimension");
-  return {const_cast<void*>(tensor.const_data_ptr()),
-          dtype_of(name, tensor.scalar_type()),
-          has_steps ? tensor.stride(lead) : 0,
-          tensor.stride(dims - 2),
+  return {const_cast<void*>(tensor.const_data_ptr()), dtype_of(name, tensor.scalar_type()),
+          has_steps ? tensor.stride(lead) : 0, tensor.stride(dims - 2),
           parts_first ? tensor.stride(0) : s.width};
 }
 
@@ -701,10 +700,17 @@ Setting setting_of(const Tensor& cell, int64_t steps, const Given& given) {
   const ScalarType type = cell.scalar_type();
   check(type == ScalarType::Float || type == ScalarType::Double,
         "cell must be float32 or float64, got scalar type ", static_cast<int>(type));
-  Setting s{cell.size(0),     cell.size(1),       steps,
-            given.step,       nullptr,            given.dropout > 0,
-            0,                given.step_offset,  given.forget_bias,
-            given.dropout,    type == ScalarType::Double,
+  Setting s{cell.size(0),
+            cell.size(1),
+            steps,
+            given.step,
+            nullptr,
+            given.dropout > 0,
+            0,
+            given.step_offset,
+            given.forget_bias,
+            given.dropout,
+            type == ScalarType::Double,
             {}};
   if (given.lengths) {
     check_tensor("lengths", *given.lengths, ScalarType::Long, {s.batch});
@@ -726,12 +732,12 @@ Setting setting_of(const Tensor& cell, int64_t steps, const Given& given) {
 
 template <typename Work>
 void over_rows(const Setting& s, Work work) {
-  const int64_t grain =
-      std::max<int64_t>(1, kLeastUnits / std::max<int64_t>(1, s.width * s.steps));
+  const int64_t grain = std::max<int64_t>(1, kLeastUnits / std::max<int64_t>(1, s.width * s.steps));
   torch::stable::parallel_for(0, s.batch, grain, work);
 }
 
-// A thread to each row of `partials`, or fewer where there is little to do; work(member, begin, end).
+// A thread to each row of `partials`, or fewer where there is little to do; work(member, begin,
+// end).
 template <typename Work>
 void over_members(const Setting& s, const Tensor& partials, int64_t parts, Work work) {
   check(partials.dim() == 3 && partials.size(0) >= 1, "partials must have shape [slots >= 1, ",
@@ -739,8 +745,7 @@ void over_members(const Setting& s, const Tensor& partials, int64_t parts, Work 
   check_tensor("partials", partials, s.is_double ? ScalarType::Double : ScalarType::Float,
                {partials.size(0), parts, s.width});
   const int64_t worth = s.batch * s.width / kLeastUnits;
-  const int64_t members =
-      std::max<int64_t>(1, std::min({partials.size(0), worth, s.batch}));
+  const int64_t members = std::max<int64_t>(1, std::min({partials.size(0), worth, s.batch}));
   char* data = static_cast<char*>(const_cast<void*>(partials.const_data_ptr()));
   const int64_t bytes = parts * s.width * (s.is_double ? 8 : 4);
   torch::stable::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
@@ -756,25 +761,25 @@ int64_t steps_of(const char* name, const Tensor& tensor) {
 
 // --- the ops ---
 
-void run_hyper_fwd(Tensor gates, OptionalTensor x_part, Tensor cell, Tensor hidden, OptionalTensor last,
-               OptionalTensor cells, OptionalTensor ln_weight, OptionalTensor ln_bias,
-               OptionalTensor ln_c_weight, OptionalTensor ln_c_bias, OptionalTensor lengths,
-               OptionalTensor seed, int64_t step, int64_t step_offset, double forget_bias,
-               double dropout) {
+void run_hyper_fwd(Tensor gates, OptionalTensor x_part, Tensor cell, Tensor hidden,
+                   OptionalTensor last, OptionalTensor cells, OptionalTensor ln_weight,
+                   OptionalTensor ln_bias, OptionalTensor ln_c_weight, OptionalTensor ln_c_bias,
+                   OptionalTensor lengths, OptionalTensor seed, int64_t step, int64_t step_offset,
+                   double forget_bias, double dropout) {
   const Setting s = setting_of(cell, steps_of("gates", gates),
                                {ln_weight, ln_bias, ln_c_weight, ln_c_bias, lengths, seed, step,
                                 step_offset, forget_bias, dropout});
-  const HyperForward a{rows_of("gates", gates, s, 4, true),   rows_of("x_part", x_part, s, 4, true),
-                       cell_of("cell", cell, s, false),       rows_of("hidden", hidden, s, 1, true),
-                       rows_of("last", last, s, 1, false),    cell_of("cells", cells, s, true)};
+  const HyperForward a{rows_of("gates", gates, s, 4, true), rows_of("x_part", x_part, s, 4, true),
+                       cell_of("cell", cell, s, false),     rows_of("hidden", hidden, s, 1, true),
+                       rows_of("last", last, s, 1, false),  cell_of("cells", cells, s, true)};
   over_rows(s, [&](int64_t begin, int64_t end) { kernels().hyper_fwd(s, a, begin, end); });
 }
 
 void run_main_fwd(Tensor recurrent, Tensor x_part, Tensor scales, Tensor bias, Tensor cell,
-              OptionalTensor out, OptionalTensor hidden, OptionalTensor cells,
-              OptionalTensor ln_weight, OptionalTensor ln_bias, OptionalTensor ln_c_weight,
-              OptionalTensor ln_c_bias, OptionalTensor lengths, OptionalTensor seed, int64_t step,
-              int64_t step_offset, double forget_bias, double dropout) {
+                  OptionalTensor out, OptionalTensor hidden, OptionalTensor cells,
+                  OptionalTensor ln_weight, OptionalTensor ln_bias, OptionalTensor ln_c_weight,
+                  OptionalTensor ln_c_bias, OptionalTensor lengths, OptionalTensor seed,
+                  int64_t step, int64_t step_offset, double forget_bias, double dropout) {
   const Setting s = setting_of(cell, steps_of("recurrent", recurrent),
                                {ln_weight, ln_bias, ln_c_weight, ln_c_bias, lengths, seed, step,
                                 step_offset, forget_bias, dropout});
@@ -790,11 +795,11 @@ void run_main_fwd(Tensor recurrent, Tensor x_part, Tensor scales, Tensor bias, T
 }
 
 void run_main_bwd(Tensor recurrent, Tensor x_part, Tensor scales, Tensor bias, Tensor cell_before,
-              Tensor cell_after, OptionalTensor grad_out, Tensor grad_hidden, Tensor grad_cell,
-              Tensor grad_recurrent, Tensor grad_x_part, Tensor grad_scales, Tensor partials,
-              OptionalTensor ln_weight, OptionalTensor ln_bias, OptionalTensor ln_c_weight,
-              OptionalTensor ln_c_bias, OptionalTensor lengths, OptionalTensor seed, int64_t step,
-              int64_t step_offset, double forget_bias, double dropout) {
+                  Tensor cell_after, OptionalTensor grad_out, Tensor grad_hidden, Tensor grad_cell,
+                  Tensor grad_recurrent, Tensor grad_x_part, Tensor grad_scales, Tensor partials,
+                  OptionalTensor ln_weight, OptionalTensor ln_bias, OptionalTensor ln_c_weight,
+                  OptionalTensor ln_c_bias, OptionalTensor lengths, OptionalTensor seed,
+                  int64_t step, int64_t step_offset, double forget_bias, double dropout) {
   const Setting s = setting_of(cell_before, 1,
                                {ln_weight, ln_bias, ln_c_weight, ln_c_bias, lengths, seed, step,
                                 step_offset, forget_bias, dropout});
@@ -816,19 +821,17 @@ void run_main_bwd(Tensor recurrent, Tensor x_part, Tensor scales, Tensor bias, T
 }
 
 void run_hyper_bwd(Tensor gates, Tensor cell_before, Tensor cell_after, Tensor grad_hidden,
-               Tensor grad_cell, Tensor grad_gates, Tensor partials, OptionalTensor ln_weight,
-               OptionalTensor ln_bias, OptionalTensor ln_c_weight, OptionalTensor ln_c_bias,
-               OptionalTensor lengths, OptionalTensor seed, int64_t step, int64_t step_offset,
-               double forget_bias, double dropout) {
+                   Tensor grad_cell, Tensor grad_gates, Tensor partials, OptionalTensor ln_weight,
+                   OptionalTensor ln_bias, OptionalTensor ln_c_weight, OptionalTensor ln_c_bias,
+                   OptionalTensor lengths, OptionalTensor seed, int64_t step, int64_t step_offset,
+                   double forget_bias, double dropout) {
   const Setting s = setting_of(cell_before, 1,
                                {ln_weight, ln_bias, ln_c_weight, ln_c_bias, lengths, seed, step,
                                 step_offset, forget_bias, dropout});
-  const HyperBackward a{rows_of("gates", gates, s, 4, false),
-                        cell_of("cell_before", cell_before, s, false),
-                        cell_of("cell_after", cell_after, s, false),
-                        rows_of("grad_hidden", grad_hidden, s, 1, false),
-                        cell_of("grad_cell", grad_cell, s, false),
-                        rows_of("grad_gates", grad_gates, s, 4, false)};
+  const HyperBackward a{
+      rows_of("gates", gates, s, 4, false),        cell_of("cell_before", cell_before, s, false),
+      cell_of("cell_after", cell_after, s, false), rows_of("grad_hidden", grad_hidden, s, 1, false),
+      cell_of("grad_cell", grad_cell, s, false),   rows_of("grad_gates", grad_gates, s, 4, false)};
   over_members(s, partials, 10, [&](void* own, int64_t begin, int64_t end) {
     kernels().hyper_bwd(s, a, own, begin, end);
   });

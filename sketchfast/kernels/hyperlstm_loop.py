@@ -7,7 +7,7 @@ recurrent part (the hyper LSTM's with x's part in it), the output, and the state
 Backward goes from chunk to chunk, last one first. What does not depend on a gradient is made again over all
 steps of the chunk at once: the same forward kernels run on the recurrent parts that were kept. Then, a step:
 `main_bwd`, the twelve small products back to hyper_h, `hyper_bwd`, and the products back to h and hyper_h.
-Gradients of weights are products over all rows of the chunk.
+Gradients of the big weights are products over the rows of several chunks.
 
 D is the dtype of the products, A that of the arithmetic between them (float32, or float64 for float64), O
 that of x and out. A gradient that runs from step to step between two products is of D, cells are of A.
@@ -21,8 +21,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-#: rows (steps x batch) of a chunk: enough for the weights' gradients to be efficient products
-CHUNK_ROWS = 2048
+#: Elements of the twelve scales over a chunk (12 x steps x batch x H), by device: on CPU few enough for a
+#: cache to hold, on a GPU enough to fill it.
+CHUNK_ELEMENTS = {"cpu": 3 << 20, "cuda": 24 << 20}
+#: Rows (steps x batch) of the big weights' gradients taken at once: enough for efficient products.
+SPAN_ROWS = 2048
 
 
 class Kernels(Protocol):
@@ -146,7 +149,7 @@ class Products:
         else:
             torch.mm(a, b, out=out)
 
-    def bmm(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+    def bmm(self, a: Tensor, b: Any, out: Tensor) -> None:
         """out [G, M, N] = a [G, M, K] b [G, K, N]."""
         torch.bmm(a, b, out=out)
 
@@ -228,13 +231,14 @@ class _Operands:
         return gates[..., : self.main_gates], gates[..., self.main_gates :]
 
 
-def chunk_steps(steps: int, batch: int) -> int:
-    """Steps of a chunk."""
-    return max(1, min(steps, CHUNK_ROWS // max(batch, 1)))
+def chunk_steps(steps: int, batch: int, hidden: int, device_type: str) -> int:
+    """Steps of a chunk: at least 4, for the states between chunks are kept."""
+    elements = CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"])
+    return max(1, min(steps, max(elements // max(12 * batch * hidden, 1), 4)))
 
 
-def chunk_count(steps: int, batch: int) -> int:
-    return -(-steps // chunk_steps(steps, batch))
+def chunk_count(steps: int, batch: int, hidden: int, device_type: str) -> int:
+    return -(-steps // chunk_steps(steps, batch, hidden, device_type))
 
 
 def _x_products(
@@ -270,8 +274,8 @@ def forward(
     h, c, hyper_h, hyper_c = state
     w = _Operands(weights, inputs, dtype, c.dtype)
     products = kernels.products(x.new_empty((), dtype=dtype))
-    chunk = chunk_steps(steps, batch)
-    chunks = chunk_count(steps, batch)
+    chunk = chunk_steps(steps, batch, w.hidden, x.device.type)
+    chunks = chunk_count(steps, batch, w.hidden, x.device.type)
     out = x.new_empty(steps, batch, w.hidden)
     recurrent = x.new_empty(steps, batch, w.gates, dtype=dtype)
     cells, hyper_cells = c.new_empty(chunks, batch, w.hidden), c.new_empty(chunks, batch, w.hyper)
@@ -288,7 +292,7 @@ def forward(
     z_by_scale = z.view(batch, 12, w.embed).transpose(0, 1)
     scales = x.new_empty(12, batch, w.hidden, dtype=dtype)
     scales_of_step = scales.view(12, 1, batch, w.hidden)
-    from_z = w.from_z.transpose(1, 2)
+    z_to_scales = products.stationary(w.from_z.transpose(1, 2))
     hidden_to_main = products.stationary(w.weight_hh.t())
     hidden_to_hyper = products.stationary(w.hyper_weight_h.t())
     hyper_to_hyper = products.stationary(w.hyper_weight_hh.t())
@@ -311,7 +315,7 @@ def forward(
             )  # fmt: skip
             z.copy_(w.z_bias.expand_as(z))
             products.mm(hyper_hidden[0], hyper_to_z, z, add=True)
-            products.bmm(z_by_scale, from_z, scales)
+            products.bmm(z_by_scale, z_to_scales, scales)
             kernels.main_fwd(
                 main, x_main[this : this + 1], scales_of_step, w.bias, cell, out[step : step + 1], low_hidden,
                 None, *w.main_norm, settings.lengths, settings.seed, step, *settings[2:],
@@ -349,143 +353,208 @@ def backward(
 
     grads: of out, h, c, hyper_h, hyper_c, each may be None. kept: out and the last four of `forward`.
     """
-    out, recurrent, cells, hyper_cells, hyper_hiddens = kept
-    steps, batch, inputs = x.shape
-    dtype, accumulate = recurrent.dtype, cells.dtype
-    w = _Operands(weights, inputs, dtype, accumulate)
-    products = kernels.products(recurrent)
-    chunk = chunk_steps(steps, batch)
-    slots = kernels.slots(recurrent, batch)
+    return _Backward(kernels, grads, x, base, h, weights, settings, kept, needs_x).run()
 
-    def low(*shape: int) -> Tensor:
-        return x.new_empty(shape, dtype=dtype)
 
-    def carried(grad: Tensor | None, width: int, to: torch.dtype) -> Tensor:
-        """A gradient that runs from step to step, in memory of its own."""
-        if grad is None:
-            return x.new_zeros(batch, width, dtype=to)
-        return grad.to(to, copy=True).contiguous()
+class _Backward:
+    """One backward pass: what it is given, its buffers, and the sums it gathers.
 
-    grad_out = None if grads[0] is None else grads[0].contiguous()
-    grad_hidden, grad_cell = carried(grads[1], w.hidden, dtype), carried(grads[2], w.hidden, accumulate)
-    grad_hyper, grad_hyper_cell = carried(grads[3], w.hyper, dtype), carried(grads[4], w.hyper, accumulate)
-    grad_x = torch.empty_like(x) if needs_x else x.new_empty(0)
-    total = {
-        name: torch.zeros_like(value, dtype=accumulate, memory_format=torch.contiguous_format)
-        for name, value in (
-            ("weight_ih", w.weight_ih), ("weight_hh", w.weight_hh), ("hyper_weight_hh", w.hyper_weight_hh),
-            ("to_z", w.to_z), ("from_z", w.from_z),
+    Chunks make spans of up to SPAN_ROWS rows; buffers hold a chunk or, where the big weights' gradients need
+    them, a span. `at` is where a chunk begins in its span.
+    """
+
+    def __init__(self, kernels, grads, x, base, h, weights, settings, kept, needs_x: bool) -> None:
+        self.kernels, self.weights, self.settings = kernels, weights, settings
+        self.x, self.base, self.h, self.needs_x = x, base, h, needs_x
+        self.out, self.recurrent, self.cells, self.hyper_cells, self.hyper_hiddens = kept
+        self.steps, self.batch, self.inputs = x.shape
+        self.dtype, self.accumulate = self.recurrent.dtype, self.cells.dtype
+        w = self.w = _Operands(weights, self.inputs, self.dtype, self.accumulate)
+        self.products = kernels.products(self.recurrent)
+        self.chunk = chunk_steps(self.steps, self.batch, w.hidden, x.device.type)
+        chunks = max(1, SPAN_ROWS // (self.chunk * max(self.batch, 1)))
+        self.span = min(chunks * self.chunk, max(self.steps, 1))
+        self._take_gradients(grads)
+        self._make_sums()
+        self._make_buffers()
+        pack = self.products.stationary
+        self.main_to_hidden, self.hyper_to_hidden = pack(w.weight_hh), pack(w.hyper_weight_h)
+        self.hyper_to_hyper, self.z_to_hyper, self.scales_to_z = (
+            pack(w.hyper_weight_hh),
+            pack(w.to_z),
+            pack(w.from_z),
         )
-    }  # fmt: skip
-    total["hyper_weight_ih"] = x.new_zeros(w.hyper_gates, inputs + w.hidden, dtype=accumulate)
-    total["z_bias"] = x.new_zeros(12 * w.embed, dtype=accumulate)
-    total["base"] = x.new_zeros((0,) if base is None else (batch, w.gates), dtype=accumulate)
-    partials = x.new_zeros(slots, 14, w.hidden, dtype=accumulate)
-    hyper_partials = x.new_zeros(slots, 10, w.hyper, dtype=accumulate)
+        self.hyper_to_z, self.z_to_scales = pack(w.to_z.t()), pack(w.from_z.transpose(1, 2))
 
-    grad_recurrent = low(chunk, batch, w.gates)
-    x_main, grad_x_main = low(chunk, batch, w.main_gates), low(chunk, batch, w.main_gates)
-    hypers, z, grad_z = (
-        low(chunk, batch, w.hyper),
-        low(chunk, batch, 12 * w.embed),
-        low(chunk, batch, 12 * w.embed),
-    )
-    scales, grad_scales = low(12, chunk, batch, w.hidden), low(12, chunk, batch, w.hidden)
-    cells_after = x.new_empty(chunk, batch, w.hidden, dtype=accumulate)
-    hyper_cells_after = x.new_empty(chunk, batch, w.hyper, dtype=accumulate)
-    main_to_hidden = products.stationary(w.weight_hh)
-    hyper_to_hidden = products.stationary(w.hyper_weight_h)
-    hyper_to_hyper = products.stationary(w.hyper_weight_hh)
-    z_to_hyper = products.stationary(w.to_z)
-    mains, hyper_gates = w.split(recurrent)
+    def _take_gradients(self, grads: Sequence[Tensor | None]) -> None:
+        """Of out, and those that run from step to step, in memory of their own."""
 
-    for index in reversed(range(len(cells))):
-        start = index * chunk
-        count = min(chunk, steps - start)
-        span = slice(start, start + count)
-        x_chunk = x[span].to(dtype)
-        # what the forward made, again, over the whole chunk
-        kernels.hyper_fwd(
-            hyper_gates[span], None, hyper_cells[index].clone(), hypers[:count], None,
-            hyper_cells_after[:count], *w.hyper_norm, settings.lengths, settings.seed, start, *settings[2:],
+        def carried(grad: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:
+            if grad is None:
+                return self.x.new_zeros(self.batch, width, dtype=dtype)
+            return grad.to(dtype, copy=True).contiguous()
+
+        w = self.w
+        self.grad_out = None if grads[0] is None else grads[0].contiguous()
+        self.grad_hidden = carried(grads[1], w.hidden, self.dtype)
+        self.grad_cell = carried(grads[2], w.hidden, self.accumulate)
+        self.grad_hyper = carried(grads[3], w.hyper, self.dtype)
+        self.grad_hyper_cell = carried(grads[4], w.hyper, self.accumulate)
+        self.grad_x = torch.empty_like(self.x) if self.needs_x else self.x.new_empty(0)
+
+    def _make_sums(self) -> None:
+        """Gradients that are gathered over the steps, of A."""
+        w, inputs = self.w, self.inputs
+
+        def zeros(*shape: int) -> Tensor:
+            return self.x.new_zeros(shape, dtype=self.accumulate)
+
+        slots = self.kernels.slots(self.recurrent, self.batch)
+        self.sum_weight_ih, self.sum_weight_hh = zeros(w.main_gates, inputs), zeros(w.main_gates, w.hidden)
+        self.sum_hyper_weight_ih = zeros(w.hyper_gates, inputs + w.hidden)
+        self.sum_hyper_weight_hh = zeros(w.hyper_gates, w.hyper)
+        self.sum_to_z, self.sum_z_bias = zeros(12 * w.embed, w.hyper), zeros(12 * w.embed)
+        self.sum_z_to_scales = zeros(12, w.embed, w.hidden)
+        self.sum_base = zeros(0) if self.base is None else zeros(self.batch, w.gates)
+        self.partials, self.hyper_partials = zeros(slots, 14, w.hidden), zeros(slots, 10, w.hyper)
+
+    def _make_buffers(self) -> None:
+        w, batch, chunk, span = self.w, self.batch, self.chunk, self.span
+
+        def low(*shape: int) -> Tensor:
+            return self.x.new_empty(shape, dtype=self.dtype)
+
+        self.grad_recurrent, self.grad_x_main = low(span, batch, w.gates), low(span, batch, w.main_gates)
+        self.hypers, self.grad_z = low(span, batch, w.hyper), low(span, batch, 12 * w.embed)
+        self.grad_mains, self.grad_gates = w.split(self.grad_recurrent)
+        self.mains, self.gates = w.split(self.recurrent)
+        self.x_main, self.z = low(chunk, batch, w.main_gates), low(chunk, batch, 12 * w.embed)
+        self.scales, self.grad_scales = (low(12, chunk, batch, w.hidden) for _ in range(2))
+        self.cells_after = self.cells.new_empty(chunk, batch, w.hidden)
+        self.hyper_cells_after = self.cells.new_empty(chunk, batch, w.hyper)
+
+    def run(self) -> tuple[Tensor, ...]:
+        for index in reversed(range(len(self.cells))):
+            start = index * self.chunk
+            count = min(self.chunk, self.steps - start)
+            at = start % self.span
+            self._replay(index, start, count, at)
+            for step in reversed(range(start, start + count)):
+                self._step(index, step, step - start, step % self.span)
+            self._gather_scales(count, at)
+            if at == 0:
+                self._gather_weights(start, min(self.span, self.steps - start))
+        return self._result()
+
+    def _replay(self, index: int, start: int, count: int, at: int) -> None:
+        """What the forward made, again, over the whole chunk."""
+        w, s = self.w, self.settings
+        steps, place = slice(start, start + count), slice(at, at + count)
+        self.kernels.hyper_fwd(
+            self.gates[steps], None, self.hyper_cells[index].clone(), self.hypers[place], None,
+            self.hyper_cells_after[:count], *w.hyper_norm, s.lengths, s.seed, start, *s[2:],
         )  # fmt: skip
-        z_rows, hyper_rows = z[:count].view(-1, 12 * w.embed), hypers[:count].view(-1, w.hyper)
+        z_rows = self.z[:count].view(-1, 12 * w.embed)
         z_rows.copy_(w.z_bias.expand_as(z_rows))
-        products.mm(hyper_rows, w.to_z.t(), z_rows, add=True)
-        z_by_scale = z_rows.view(-1, 12, w.embed).transpose(0, 1)
-        products.bmm(z_by_scale, w.from_z.transpose(1, 2), scales[:, :count].view(12, -1, w.hidden))
-        _x_products(products, w, x_chunk, base, x_main[:count], None)
-        kernels.main_fwd(
-            mains[span], x_main[:count], scales[:, :count], w.bias, cells[index].clone(), None, None,
-            cells_after[:count], *w.main_norm, settings.lengths, settings.seed, start, *settings[2:],
+        self.products.mm(self.hypers[place].view(-1, w.hyper), self.hyper_to_z, z_rows, add=True)
+        scales = self.scales[:, :count]
+        self.products.bmm(self._by_scale(z_rows), self.z_to_scales, scales.view(12, -1, w.hidden))
+        _x_products(self.products, w, self.x[steps].to(self.dtype), self.base, self.x_main[:count], None)
+        self.kernels.main_fwd(
+            self.mains[steps], self.x_main[:count], scales, w.bias, self.cells[index].clone(), None, None,
+            self.cells_after[:count], *w.main_norm, s.lengths, s.seed, start, *s[2:],
         )  # fmt: skip
 
-        grad_mains, grad_gates = w.split(grad_recurrent)
-        for step in reversed(range(start, start + count)):
-            this = step - start
-            kernels.main_bwd(
-                mains[step], x_main[this], scales[:, this], w.bias,
-                cells_after[this - 1] if this else cells[index], cells_after[this],
-                None if grad_out is None else grad_out[step], grad_hidden, grad_cell, grad_mains[this],
-                grad_x_main[this], grad_scales[:, this], partials, *w.main_norm,
-                settings.lengths, settings.seed, step, *settings[2:],
-            )  # fmt: skip
-            products.bmm(
-                grad_scales[:, this], w.from_z, grad_z[this].view(batch, 12, w.embed).transpose(0, 1)
-            )
-            products.mm(grad_z[this], z_to_hyper, grad_hyper, add=True)
-            kernels.hyper_bwd(
-                hyper_gates[step], hyper_cells_after[this - 1] if this else hyper_cells[index],
-                hyper_cells_after[this], grad_hyper, grad_hyper_cell, grad_gates[this], hyper_partials,
-                *w.hyper_norm, settings.lengths, settings.seed, step, *settings[2:],
-            )  # fmt: skip
-            products.mm(grad_mains[this], main_to_hidden, grad_hidden, add=True)
-            products.mm(grad_gates[this], hyper_to_hidden, grad_hidden, add=True)
-            products.mm(grad_gates[this], hyper_to_hyper, grad_hyper, add=True)
+    def _by_scale(self, z: Tensor) -> Tensor:
+        """[rows, 12 E] as [12, rows, E]."""
+        return z.view(-1, 12, self.w.embed).transpose(0, 1)
 
-        hidden_before = _shifted(out[span], out[start - 1] if start else h, dtype)
-        hyper_before = _shifted(hypers[:count], hyper_hiddens[index], dtype)
-        rows = slice(0, count)
-        main_rows, gate_rows = grad_mains[rows].flatten(0, 1), grad_gates[rows].flatten(0, 1)
-        x_rows, x_main_rows = x_chunk.reshape(-1, inputs), grad_x_main[rows].flatten(0, 1)
-        by_scale = grad_scales[:, :count].flatten(1, 2)
-        products.accumulate(total["weight_hh"], main_rows.t(), hidden_before)
-        products.accumulate(total["hyper_weight_ih"][:, inputs:], gate_rows.t(), hidden_before)
-        products.accumulate(total["hyper_weight_hh"], gate_rows.t(), hyper_before)
-        products.accumulate(total["weight_ih"], x_main_rows.t(), x_rows)
-        products.accumulate(total["hyper_weight_ih"][:, :inputs], gate_rows.t(), x_rows)
-        products.accumulate(total["to_z"], grad_z[rows].flatten(0, 1).t(), hyper_rows)
-        products.accumulate(total["from_z"], by_scale.transpose(1, 2), z_by_scale)
-        total["z_bias"] += grad_z[rows].sum((0, 1), dtype=accumulate)
-        if base is not None:
-            main_base, hyper_base = w.split(total["base"])
-            main_base += grad_x_main[rows].sum(0, dtype=accumulate)
-            hyper_base += grad_gates[rows].sum(0, dtype=accumulate)
-        if needs_x:
-            low_x = grad_x[span].view(-1, inputs) if grad_x.dtype == dtype else low(count * batch, inputs)
-            products.mm(x_main_rows, w.weight_ih, low_x)
-            products.mm(gate_rows, w.hyper_weight_x, low_x, add=True)
-            if grad_x.dtype != dtype:
-                grad_x[span] = low_x.view(count, batch, inputs)
+    def _step(self, index: int, step: int, this: int, at: int) -> None:
+        """Step number `step`, the chunk's `this`, the span's `at`."""
+        w, s, mm = self.w, self.settings, self.products.mm
+        cell_before = self.cells_after[this - 1] if this else self.cells[index]
+        hyper_before = self.hyper_cells_after[this - 1] if this else self.hyper_cells[index]
+        self.kernels.main_bwd(
+            self.mains[step], self.x_main[this], self.scales[:, this], w.bias, cell_before,
+            self.cells_after[this], None if self.grad_out is None else self.grad_out[step],
+            self.grad_hidden, self.grad_cell, self.grad_mains[at], self.grad_x_main[at],
+            self.grad_scales[:, this], self.partials, *w.main_norm, s.lengths, s.seed, step, *s[2:],
+        )  # fmt: skip
+        self.products.bmm(self.grad_scales[:, this], self.scales_to_z, self._by_scale(self.grad_z[at]))
+        mm(self.grad_z[at], self.z_to_hyper, self.grad_hyper, add=True)
+        self.kernels.hyper_bwd(
+            self.gates[step], hyper_before, self.hyper_cells_after[this], self.grad_hyper,
+            self.grad_hyper_cell, self.grad_gates[at], self.hyper_partials, *w.hyper_norm, s.lengths, s.seed,
+            step, *s[2:],
+        )  # fmt: skip
+        mm(self.grad_mains[at], self.main_to_hidden, self.grad_hidden, add=True)
+        mm(self.grad_gates[at], self.hyper_to_hidden, self.grad_hidden, add=True)
+        mm(self.grad_gates[at], self.hyper_to_hyper, self.grad_hyper, add=True)
 
-    sums, hyper_sums = partials.sum(0), hyper_partials.sum(0)
-    z_weight, zb_weight = total["to_z"].view(12, w.embed, w.hyper).split((8, 4))
-    alpha_weight, beta_weight = total["from_z"].split((8, 4))
-    found = {
-        "weight_ih": total["weight_ih"], "weight_hh": total["weight_hh"], "bias": sums[8:12].flatten(),
-        "hyper_weight_ih": total["hyper_weight_ih"], "hyper_weight_hh": total["hyper_weight_hh"],
-        "z_weight": z_weight, "z_bias": total["z_bias"][: 8 * w.embed].view(8, w.embed),
-        "alpha_weight": alpha_weight, "zb_weight": zb_weight, "beta_weight": beta_weight,
-        "ln_c_weight": sums[12], "ln_c_bias": sums[13], "ln_weight": sums[:4], "ln_bias": sums[4:8],
-        "hyper_ln_weight": hyper_sums[:4], "hyper_ln_bias": hyper_sums[4:8],
-        "hyper_ln_c_weight": hyper_sums[8], "hyper_ln_c_bias": hyper_sums[9],
-    }  # fmt: skip
-    grad_base = total["base"] if base is None else total["base"].to(base.dtype)
-    state = grad_hidden.to(h.dtype), grad_cell, grad_hyper.to(h.dtype), grad_hyper_cell
-    of_weights = [
-        _own(found[name], value.dtype) for name, value in weights._asdict().items() if value is not None
-    ]
-    return grad_x, grad_base, *state, *of_weights
+    def _gather_scales(self, count: int, at: int) -> None:
+        """The chunk's part of the gradients of alpha_weight and beta_weight."""
+        z = self._by_scale(self.z[:count].view(-1, 12 * self.w.embed))
+        grad_scales = self.grad_scales[:, :count].flatten(1, 2)
+        self.products.accumulate(self.sum_z_to_scales, z.transpose(1, 2), grad_scales)
+
+    def _gather_weights(self, start: int, count: int) -> None:
+        """The span's part of the other weights' gradients, and those of x."""
+        w, inputs, add = self.w, self.inputs, self.products.accumulate
+        x = self.x[start : start + count].to(self.dtype).reshape(-1, inputs)
+        before = self.out[start - 1] if start else self.h
+        hidden_before = _shifted(self.out[start : start + count], before, self.dtype)
+        hyper_before = _shifted(self.hypers[:count], self.hyper_hiddens[start // self.chunk], self.dtype)
+        hypers = self.hypers[:count].flatten(0, 1)
+        mains, gates, x_mains, z = (
+            part[:count].flatten(0, 1)
+            for part in (self.grad_mains, self.grad_gates, self.grad_x_main, self.grad_z)
+        )
+        add(self.sum_weight_hh, mains.t(), hidden_before)
+        add(self.sum_hyper_weight_ih[:, inputs:], gates.t(), hidden_before)
+        add(self.sum_hyper_weight_hh, gates.t(), hyper_before)
+        add(self.sum_weight_ih, x_mains.t(), x)
+        add(self.sum_hyper_weight_ih[:, :inputs], gates.t(), x)
+        add(self.sum_to_z, z.t(), hypers)
+        self.sum_z_bias += z.sum(0, dtype=self.accumulate)
+        if self.base is not None:
+            main_base, hyper_base = w.split(self.sum_base)
+            main_base += self.grad_x_main[:count].sum(0, dtype=self.accumulate)
+            hyper_base += self.grad_gates[:count].sum(0, dtype=self.accumulate)
+        if self.needs_x:
+            grad_x = self.grad_x[start : start + count].view(-1, inputs)
+            found = grad_x if grad_x.dtype == self.dtype else torch.empty_like(x)
+            self.products.mm(x_mains, w.weight_ih, found)
+            self.products.mm(gates, w.hyper_weight_x, found, add=True)
+            if found is not grad_x:
+                grad_x.copy_(found)
+
+    def _result(self) -> tuple[Tensor, ...]:
+        w, h = self.w, self.h
+        sums, hyper_sums = self.partials.sum(0), self.hyper_partials.sum(0)
+        z_weight, zb_weight = self.sum_to_z.view(12, w.embed, w.hyper).split((8, 4))
+        alpha_weight, beta_weight = self.sum_z_to_scales.transpose(1, 2).split((8, 4))
+        found = Weights(
+            weight_ih=self.sum_weight_ih, weight_hh=self.sum_weight_hh, bias=sums[8:12].flatten(),
+            hyper_weight_ih=self.sum_hyper_weight_ih, hyper_weight_hh=self.sum_hyper_weight_hh,
+            z_weight=z_weight, z_bias=self.sum_z_bias[: 8 * w.embed].view(8, w.embed),
+            alpha_weight=alpha_weight, zb_weight=zb_weight, beta_weight=beta_weight,
+            ln_c_weight=sums[12], ln_c_bias=sums[13], ln_weight=sums[:4], ln_bias=sums[4:8],
+            hyper_ln_weight=hyper_sums[:4], hyper_ln_bias=hyper_sums[4:8],
+            hyper_ln_c_weight=hyper_sums[8], hyper_ln_c_bias=hyper_sums[9],
+        )  # fmt: skip
+        of_weights = [
+            _own(grad, weight.dtype)
+            for grad, weight in zip(found, self.weights, strict=True)
+            if weight is not None and grad is not None
+        ]
+        grad_base = self.sum_base if self.base is None else self.sum_base.to(self.base.dtype)
+        state = (
+            self.grad_hidden.to(h.dtype),
+            self.grad_cell,
+            self.grad_hyper.to(h.dtype),
+            self.grad_hyper_cell,
+        )
+        return self.grad_x, grad_base, *state, *of_weights
 
 
 def _own(value: Tensor, dtype: torch.dtype) -> Tensor:

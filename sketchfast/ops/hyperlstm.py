@@ -7,6 +7,7 @@ the kernels between the matrix products. `sketchfast.nn` holds the parameters.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -73,8 +74,7 @@ def _fake_forward(impl: str):
     ):
         steps, batch, _ = x.shape
         hidden, hyper = weights[1].shape[1], weights[4].shape[1]
-        # a chunk's length depends on the batch: for symbolic sizes as many states are kept as need be
-        chunks = loop.chunk_count(steps, batch)
+        chunks = loop.chunk_count(steps, batch, hidden, x.device.type)
         return (
             x.new_empty(steps, batch, hidden),
             x.new_empty(batch, hidden),
@@ -214,6 +214,13 @@ class _Packed(NamedTuple):
     panels: Tensor
 
 
+@cache
+def _has_wide_products() -> bool:
+    """Whether the CPU library's own products are made for vectors wider than those of torch's library."""
+    panels = torch.ops.sketchfast.hyperlstm_pack_native(torch.zeros(1, 1))
+    return panels.shape[-1] >= 24
+
+
 class _WideProducts(loop.Products):
     """Single precision on a CPU with AVX-512, by the compiled library."""
 
@@ -243,7 +250,8 @@ class _NativeKernels:
         return torch.get_num_threads() if like.device.type == "cpu" else min(max(batch, 1), 264)
 
     def products(self, like: Tensor) -> loop.Products:
-        return loop.Products()
+        own = like.device.type == "cpu" and like.dtype == torch.float32 and _has_wide_products()
+        return _WideProducts() if own else loop.Products()
 
     def hyper_fwd(self, *args: Any) -> None:
         torch.ops.sketchfast.hyperlstm_hyper_fwd_native(*args)

@@ -28,9 +28,10 @@ def _mask(seed, dropout, stream, step, step_offset, like: Tensor) -> Tensor | fl
     if not dropout:
         return 1.0
     batch, width = like.shape
+    offset = step + step_offset
     return dropout_masks(
-        1, batch, width, p=dropout, seed=seed, stream=stream, step_offset=step + step_offset
-    )[0].to(like.dtype)
+        1, batch, width, p=dropout, seed=seed, stream=stream, step_offset=offset, dtype=like.dtype
+    )[0]
 
 
 def _hyper_cell(gates, cell, norm, mask, forget_bias):

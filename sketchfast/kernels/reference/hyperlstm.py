@@ -42,9 +42,17 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
 
 
 def dropout_masks(
-    steps: int, batch: int, width: int, *, p: float, seed: Tensor, stream: int, step_offset: int
+    steps: int,
+    batch: int,
+    width: int,
+    *,
+    p: float,
+    seed: Tensor,
+    stream: int,
+    step_offset: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Masks [steps, batch, width] float32 of 0 and 1 / (1 - p), on the device of `seed` (int64 scalar).
+    """Masks [steps, batch, width] of 0 and 1 / (1 - p), on the device of `seed` (int64 scalar).
 
     Element b * width + unit of step t is word (element % 4) of counter (t + step_offset, stream,
     element // 4, 0) under key `seed`; it is kept iff word / 2^32 >= p.
@@ -55,7 +63,7 @@ def dropout_masks(
     words = philox4x32((step, zero + stream, block, zero), (seed & _WORD, (seed >> 32) & _WORD))
     # in double: int64 against a number would be compared in float32
     kept = words.flatten(1)[:, : batch * width].double() >= p * 2.0**32
-    return (kept.float() / (1.0 - p)).view(steps, batch, width)
+    return (kept.to(dtype) / (1.0 - p)).view(steps, batch, width)
 
 
 def _normalise(gates: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -116,8 +124,15 @@ def hyperlstm(
             raise ValueError("seed must be given where recurrent_dropout > 0, got None")
         drop_main, drop_hyper = (
             dropout_masks(
-                steps, batch, width, p=recurrent_dropout, seed=seed, stream=stream, step_offset=step_offset
-            ).to(accumulate)
+                steps,
+                batch,
+                width,
+                p=recurrent_dropout,
+                seed=seed,
+                stream=stream,
+                step_offset=step_offset,
+                dtype=accumulate,
+            )
             for width, stream in ((hidden, MAIN_STREAM), (hyper, HYPER_STREAM))
         )
 
