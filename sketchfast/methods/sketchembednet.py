@@ -28,14 +28,14 @@ from ..models import mixture
 from ..models.encoders import ENCODERS
 from ..ops._contract import check_integer, check_number
 from ..ops.raster import raster_bce, rasterize
-from .base import PRESETS, DataSpec, Method, Table, TrainConfig
+from .base import PRESETS, DataSpec, Method, Table, TrainConfig, sized_rgb
 
 PEN_DOWN, PEN_UP, PEN_END = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class SketchEmbedNetConfig(TrainConfig):
-    """The paper's QuickDraw run (section 4.1, "Implementation details")."""
+class SketchEncoderConfig(TrainConfig):
+    """What the networks on one encoder share: the paper's QuickDraw run (section 4.1)."""
 
     clip_value: float = 1.0
     """clip each gradient element to +-this; 0 turns it off"""
@@ -43,6 +43,8 @@ class SketchEmbedNetConfig(TrainConfig):
     """image encoder: conv4 (the paper's on QuickDraw) or resnet12 (its on Sketchy)"""
     image_size: int = 28
     """side of the input image in pixels; 84 for Sketchy"""
+    image_channels: int = 1
+    """1: the input is ink alone; 3: it is a colour photo"""
     max_length: int = 64
     """longest drawing in pen offsets; longer ones are left out; 100 for Sketchy"""
     simplify_tolerance: float = 0.0
@@ -50,28 +52,10 @@ class SketchEmbedNetConfig(TrainConfig):
     0 takes the drawings as they are, as the paper does"""
     latent_size: int = 256
     """size of the embedding z"""
-    hidden_size: int = 1024
-    """units of the decoder's HyperLSTM"""
-    hyper_size: int = 512
-    """units of the smaller LSTM that rescales its gates"""
-    embed_size: int = 64
-    """size of the hypernetwork's embeddings"""
-    mixture_components: int = 30
-    """bivariate Gaussians in the distribution of the next offset"""
-    recurrent_dropout: float = 0.0
-    """probability of dropping a new cell input, training only; the authors train without"""
     lr_decay: float = 0.85
     """factor on the learning rate each lr_decay_steps, applied continuously"""
     lr_decay_steps: int = 15_000
     """steps over which the learning rate falls by lr_decay; 0 takes the paper's share of steps, a 20th"""
-    alpha_step: float = 0.05
-    """what alpha, the weight of the pixel loss, gains each alpha_interval"""
-    alpha_interval: int = 10_000
-    """steps between gains of alpha; 0 takes the paper's share of steps, a 30th"""
-    alpha_max: float = 0.5
-    """cap of alpha; 0.75 for Sketchy"""
-    pixel_loss_above: float = 0.1
-    """the pixel loss is computed only where alpha exceeds this: 0.1 in the authors' code, 0 in the paper"""
     held_out_classes: float = 45 / 345
     """share of the classes kept out of training, at least one; the paper keeps 45 of 345"""
     drawings_per_class: int = 0
@@ -83,24 +67,58 @@ class SketchEmbedNetConfig(TrainConfig):
         super().__post_init__()
         if self.encoder not in ENCODERS:
             raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {self.encoder!r}")
-        sizes = ("image_size", "latent_size", "hidden_size", "hyper_size", "embed_size")
-        for name in (*sizes, "max_length", "mixture_components"):
+        if self.image_channels not in (1, 3):
+            raise ValueError(f"image_channels must be 1 or 3, got {self.image_channels!r}")
+        for name in ("image_size", "latent_size", "max_length"):
             check_integer(name, getattr(self, name), 1)
-        for name in ("alpha_interval", "lr_decay_steps", "drawings_per_class", "split_seed"):
+        for name in ("lr_decay_steps", "drawings_per_class", "split_seed"):
             check_integer(name, getattr(self, name), 0)
-        for name in ("alpha_step", "alpha_max", "pixel_loss_above", "held_out_classes", "simplify_tolerance"):
-            if not 0 <= check_number(name, getattr(self, name)) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
-        if not 0 <= check_number("recurrent_dropout", self.recurrent_dropout) < 1:
-            raise ValueError(f"recurrent_dropout must lie in [0, 1), got {self.recurrent_dropout!r}")
+        self._check_shares("held_out_classes", "simplify_tolerance")
         if not 0 < check_number("lr_decay", self.lr_decay) <= 1:
             raise ValueError(f"lr_decay must lie in (0, 1], got {self.lr_decay!r}")
 
+    def _check_shares(self, *names: str) -> None:
+        for name in names:
+            if not 0 <= check_number(name, getattr(self, name)) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
 
-def _share_of_steps(config: SketchEmbedNetConfig, field: str) -> int:
-    """A schedule's interval in steps: as configured, or, where that is 0, in the paper's proportion."""
-    paper = SketchEmbedNetConfig()
-    return getattr(config, field) or max(round(config.steps * getattr(paper, field) / paper.steps), 1)
+    def share_of_steps(self, field: str) -> int:
+        """A schedule's interval in steps: as configured, or, where that is 0, in the paper's proportion."""
+        paper = type(self)()
+        return getattr(self, field) or max(round(self.steps * getattr(paper, field) / paper.steps), 1)
+
+
+@dataclass(frozen=True)
+class SketchEmbedNetConfig(SketchEncoderConfig):
+    """The paper's QuickDraw run (section 4.1, "Implementation details")."""
+
+    hidden_size: int = 1024
+    """units of the decoder's HyperLSTM"""
+    hyper_size: int = 512
+    """units of the smaller LSTM that rescales its gates"""
+    embed_size: int = 64
+    """size of the hypernetwork's embeddings"""
+    mixture_components: int = 30
+    """bivariate Gaussians in the distribution of the next offset"""
+    recurrent_dropout: float = 0.0
+    """probability of dropping a new cell input, training only; the authors train without"""
+    alpha_step: float = 0.05
+    """what alpha, the weight of the pixel loss, gains each alpha_interval"""
+    alpha_interval: int = 10_000
+    """steps between gains of alpha; 0 takes the paper's share of steps, a 30th"""
+    alpha_max: float = 0.5
+    """cap of alpha; 0.75 for Sketchy"""
+    pixel_loss_above: float = 0.1
+    """the pixel loss is computed only where alpha exceeds this: 0.1 in the authors' code, 0 in the paper"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("hidden_size", "hyper_size", "embed_size", "mixture_components"):
+            check_integer(name, getattr(self, name), 1)
+        check_integer("alpha_interval", self.alpha_interval, 0)
+        self._check_shares("alpha_step", "alpha_max", "pixel_loss_above")
+        if not 0 <= check_number("recurrent_dropout", self.recurrent_dropout) < 1:
+            raise ValueError(f"recurrent_dropout must lie in [0, 1), got {self.recurrent_dropout!r}")
 
 
 class StrokeBatch(NamedTuple):
@@ -214,7 +232,7 @@ def split_classes(class_names: list[str], held_out: float, seed: int) -> tuple[l
 
 
 def usable_drawings(
-    drawings: StrokeDataset, class_names: list[str], config: SketchEmbedNetConfig
+    drawings: StrokeDataset, class_names: list[str], config: SketchEncoderConfig
 ) -> StrokeDataset:
     """The drawings of `class_names` of 2 to max_length + 1 points and any extent, simplified as configured.
 
@@ -266,32 +284,21 @@ def _offset_deviation(drawings: StrokeDataset) -> float:
     return float(offsets.std(dtype=np.float64))
 
 
-class SketchEmbedNet(Method):
-    """Encoder, Gaussian code, HyperLSTM decoder with a mixture density head; see the module's docstring."""
+class SketchEncoder(Method):
+    """An encoder of images to a Gaussian code z, trained on drawings: what the networks compared share."""
 
-    Config = SketchEmbedNetConfig
-    config: SketchEmbedNetConfig
+    Config = SketchEncoderConfig
+    config: SketchEncoderConfig
     offset_scale: Tensor
     steps_trained: Tensor
     training_drawings: Tensor
     training_classes: Tensor
 
-    def __init__(self, config: SketchEmbedNetConfig) -> None:
+    def __init__(self, config: SketchEncoderConfig) -> None:
         super().__init__(config)
-        hidden, hyper, latent = config.hidden_size, config.hyper_size, config.latent_size
-        self.encoder = ENCODERS[config.encoder]()
-        self.to_latent = nn.Linear(self.encoder.features, 2 * latent)
-        self.to_state = nn.Linear(latent, 2 * (hidden + hyper))
-        self.decoder = sketchnn.HyperLSTM(
-            5 + latent,
-            hidden,
-            hyper,
-            config.embed_size,
-            recurrent_dropout=config.recurrent_dropout,
-            # an explicit impl speaks of the raster kernels: the HyperLSTM has no fused one yet
-            impl="reference" if config.impl == "reference" else "auto",
-        )
-        self.head = nn.Linear(hidden, mixture.output_size(config.mixture_components))
+        self.takes_colour = config.image_channels == 3
+        self.encoder = ENCODERS[config.encoder](config.image_channels)
+        self.to_latent = nn.Linear(self.encoder.features, 2 * config.latent_size)
         #: standard deviation of the training set's offsets, in sides of the bounding box
         self.register_buffer("offset_scale", torch.ones(()))
         # what a table of results must say of the training; in the checkpoint with the weights
@@ -299,40 +306,16 @@ class SketchEmbedNet(Method):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
     @classmethod
-    def preset(cls, name: str) -> SketchEmbedNetConfig:
+    def preset(cls, name: str) -> Any:
+        """The config of the preset `name`: the same data, batches and learning rates for every network."""
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         if name == "paper":
-            return SketchEmbedNetConfig()
-        short = SketchEmbedNetConfig(lr_decay_steps=0, alpha_interval=0)
+            return cls.Config()
+        short = cls.Config(lr_decay_steps=0, simplify_tolerance=0.02)
         if name == "small":
-            return replace(
-                short,
-                steps=4000,
-                batch_size=64,
-                learning_rate=2e-3,
-                # in a short run the pixel loss costs accuracy at first: it comes later and stays smaller
-                alpha_interval=400,
-                alpha_max=0.25,
-                max_length=40,
-                simplify_tolerance=0.02,
-                hidden_size=256,
-                hyper_size=64,
-                embed_size=16,
-                mixture_components=20,
-            )
-        return replace(
-            short,
-            steps=3,
-            batch_size=8,
-            max_length=24,
-            simplify_tolerance=0.02,
-            hidden_size=16,
-            hyper_size=8,
-            embed_size=4,
-            mixture_components=3,
-            drawings_per_class=8,
-        )
+            return replace(short, steps=4000, batch_size=64, learning_rate=2e-3, max_length=40)
+        return replace(short, steps=3, batch_size=8, max_length=24, drawings_per_class=8)
 
     # ---- data ----------------------------------------------------------------------------------------------
 
@@ -366,6 +349,94 @@ class SketchEmbedNet(Method):
         mean, log_variance = self.to_latent(self.encoder(images)).chunk(2, dim=-1)
         return mean, log_variance
 
+    # ---- training ------------------------------------------------------------------------------------------
+
+    def optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """Adam, its rate decaying continuously by lr_decay each lr_decay_steps."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.config.learning_rate)
+        gamma = self.config.lr_decay ** (1 / self.config.share_of_steps("lr_decay_steps"))
+        return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
+
+    # ---- use -----------------------------------------------------------------------------------------------
+
+    def fit_images(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] of any size as the encoder takes them: image_size a side, ink alone or RGB."""
+        if self.takes_colour:
+            return sized_rgb(images, self.config.image_size)
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}")
+        if images.dim() != 4:
+            raise ValueError(f"images must have shape [B, C, H, W], got {tuple(images.shape)}")
+        images = images.mean(dim=1, keepdim=True)
+        size = (self.config.image_size, self.config.image_size)
+        if images.shape[2:] == size:
+            return images
+        return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """The mean of z [B, latent_size] of images [B, C, H, W] in [0, 1], ink = 1, resized where needed."""
+        return self.encode(self.fit_images(images))[0]
+
+    def generate(self, z: Tensor, *, temperature: float = 0.0, seed: int = 0) -> Tensor:
+        """Pictures [B, S, S] in [0, 1], ink = 1, decoded from codes z [B, latent_size].
+
+        Temperature 0 gives the most likely picture; above it one is drawn, the same for one seed, where the
+        decoder has something to draw. NotImplementedError for a network that cannot generate.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no decoder: it cannot generate from codes")
+
+    def check_codes(self, z: Tensor) -> None:
+        """TypeError or ValueError unless z is [B, latent_size] and floating point."""
+        if not z.is_floating_point():
+            raise TypeError(f"z must be floating point, got {z.dtype}")
+        if z.dim() != 2 or z.shape[1] != self.config.latent_size:
+            raise ValueError(f"z must have shape [B, {self.config.latent_size}], got {tuple(z.shape)}")
+
+
+class SketchEmbedNet(SketchEncoder):
+    """Encoder, Gaussian code, HyperLSTM decoder with a mixture density head; see the module's docstring."""
+
+    Config = SketchEmbedNetConfig
+    config: SketchEmbedNetConfig
+
+    def __init__(self, config: SketchEmbedNetConfig) -> None:
+        super().__init__(config)
+        hidden, hyper, latent = config.hidden_size, config.hyper_size, config.latent_size
+        self.to_state = nn.Linear(latent, 2 * (hidden + hyper))
+        self.decoder = sketchnn.HyperLSTM(
+            5 + latent,
+            hidden,
+            hyper,
+            config.embed_size,
+            recurrent_dropout=config.recurrent_dropout,
+            # an explicit impl speaks of the raster kernels: the HyperLSTM has no fused one yet
+            impl="reference" if config.impl == "reference" else "auto",
+        )
+        self.head = nn.Linear(hidden, mixture.output_size(config.mixture_components))
+
+    @classmethod
+    def preset(cls, name: str) -> SketchEmbedNetConfig:
+        shared: SketchEmbedNetConfig = super().preset(name)
+        if name == "small":
+            return replace(
+                shared,
+                # in a short run the pixel loss costs accuracy at first: it comes later and stays smaller
+                alpha_interval=400,
+                alpha_max=0.25,
+                hidden_size=256,
+                hyper_size=64,
+                embed_size=16,
+                mixture_components=20,
+            )
+        if name == "tiny":
+            return replace(
+                shared, alpha_interval=0, hidden_size=16, hyper_size=8, embed_size=4, mixture_components=3
+            )
+        return shared
+
+    # ---- network -------------------------------------------------------------------------------------------
+
     def initial_state(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         hidden, hyper = self.config.hidden_size, self.config.hyper_size
         h, c, hyper_h, hyper_c = torch.tanh(self.to_state(z)).split((hidden, hidden, hyper, hyper), dim=-1)
@@ -383,7 +454,7 @@ class SketchEmbedNet(Method):
         """Weight of the pixel loss at training step `step`, counted from 0."""
         config = self.config
         return min(
-            config.alpha_max, config.alpha_step * ((step + 1) // _share_of_steps(config, "alpha_interval"))
+            config.alpha_max, config.alpha_step * ((step + 1) // config.share_of_steps("alpha_interval"))
         )
 
     def loss(self, batch: StrokeBatch, step: int) -> dict[str, Tensor]:
@@ -434,30 +505,7 @@ class SketchEmbedNet(Method):
             impl=self.config.impl,
         ).mean()
 
-    def optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """Adam, its rate decaying continuously by lr_decay each lr_decay_steps."""
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.config.learning_rate)
-        gamma = self.config.lr_decay ** (1 / _share_of_steps(self.config, "lr_decay_steps"))
-        return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
-
     # ---- use -----------------------------------------------------------------------------------------------
-
-    def fit_images(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] of any size as the encoder takes them: one channel, image_size a side."""
-        if not images.is_floating_point():
-            raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}")
-        if images.dim() != 4:
-            raise ValueError(f"images must have shape [B, C, H, W], got {tuple(images.shape)}")
-        images = images.mean(dim=1, keepdim=True)
-        size = (self.config.image_size, self.config.image_size)
-        if images.shape[2:] == size:
-            return images
-        return F.interpolate(images, size, mode="bilinear", antialias=True)
-
-    @torch.no_grad()
-    def embed(self, images: Tensor) -> Tensor:
-        """The mean of z [B, latent_size] of images [B, C, H, W] in [0, 1], ink = 1, resized where needed."""
-        return self.encode(self.fit_images(images))[0]
 
     @torch.no_grad()
     def draw(self, images: Tensor, *, temperature: float = 0.0, seed: int = 0) -> list[Sketch]:
@@ -474,6 +522,19 @@ class SketchEmbedNet(Method):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What `draw` draws as tensors: points [B, T + 1, 2] in pixels, pen_down [B, T + 1], lengths [B]."""
         z = self.encode(self.fit_images(images))[0]
+        return self.decode_strokes(z, temperature=temperature, seed=seed)
+
+    @torch.no_grad()
+    def generate(self, z: Tensor, *, temperature: float = 0.0, seed: int = 0) -> Tensor:
+        """Pictures [B, S, S] in [0, 1], ink = 1, of the sketches decoded from codes z [B, latent_size]."""
+        points, pens, lengths = self.decode_strokes(z, temperature=temperature, seed=seed)
+        return rasterize(points, pens, self.config.image_size, lengths=lengths, impl=self.config.impl)
+
+    def decode_strokes(
+        self, z: Tensor, *, temperature: float = 0.0, seed: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The sketches that codes z [B, latent_size] stand for, as `draw_strokes` gives them."""
+        self.check_codes(z)
         generator = torch.Generator(z.device).manual_seed(seed)
         state = self.initial_state(z)
         y = z.new_tensor([0.0, 0.0, 1.0, 0.0, 0.0]).expand(len(z), 5)
@@ -544,7 +605,7 @@ PAPER_FEWSHOT = {
 
 
 def embed_images(
-    method: SketchEmbedNet, images: NDArray[np.uint8], batch_size: int = 512
+    method: SketchEncoder, images: NDArray[np.uint8], batch_size: int = 512
 ) -> NDArray[np.float32]:
     """Embeddings [N, D] of images [N, H, W], computed in evaluation mode on the method's device."""
     device, training = method.offset_scale.device, method.training
@@ -560,7 +621,7 @@ def embed_images(
 
 
 def held_out_images(
-    method: SketchEmbedNet, drawings: StrokeDataset, per_class: int, seed: int
+    method: SketchEncoder, drawings: StrokeDataset, per_class: int, seed: int
 ) -> LabelledImages:
     """Rendered drawings of the classes kept out of training, at most `per_class` of each."""
     config = method.config
@@ -661,9 +722,9 @@ def fewshot(
     return [Table(f"Few-shot classification: {what}", rows, f"{note} {training_facts(method)}")]
 
 
-def training_facts(method: SketchEmbedNet) -> str:
+def training_facts(method: SketchEncoder) -> str:
     """What was trained, and in which of its settings it differs from the paper's run."""
-    config, paper = method.config, SketchEmbedNetConfig()
+    config, paper = method.config, type(method.config)()
     names = (
         "batch_size",
         "learning_rate",
@@ -675,11 +736,12 @@ def training_facts(method: SketchEmbedNet) -> str:
         "max_length",
         "simplify_tolerance",
         "image_size",
+        "image_channels",
     )
     different = [
         f"{name} {getattr(config, name)} (paper {getattr(paper, name)})"
         for name in ("encoder", *names)
-        if getattr(config, name) != getattr(paper, name)
+        if getattr(config, name, None) != getattr(paper, name, None)
     ]
     facts = (
         f"Trained {int(method.steps_trained)} steps (paper {paper.steps}) on {int(method.training_drawings)} "
