@@ -349,6 +349,20 @@ class SketchEncoder(Method):
         mean, log_variance = self.to_latent(self.encoder(images)).chunk(2, dim=-1)
         return mean, log_variance
 
+    def inputs(self, batch: StrokeBatch) -> Tensor:
+        """What the encoder sees of a batch: [B, image_channels, S, S] in [0, 1]."""
+        return self.render(batch)
+
+    @staticmethod
+    def sample_code(mean: Tensor, log_variance: Tensor) -> Tensor:
+        """A reparameterised draw of z [B, latent_size]."""
+        return mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+
+    def count_step(self, step: int) -> None:
+        """Note that training step `step`, counted from 0, was taken."""
+        if self.training:
+            self.steps_trained.fill_(step + 1)
+
     # ---- training ------------------------------------------------------------------------------------------
 
     def optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
@@ -464,8 +478,7 @@ class SketchEmbedNet(SketchEncoder):
         by all T as well.
         """
         y = stroke5(batch, self.offset_scale)
-        mean, log_variance = self.encode(self.render(batch))
-        z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+        z = self.sample_code(*self.encode(self.inputs(batch)))
         predicted = self.decode(y[:, :-1], z)
         target = y[:, 1:].transpose(0, 1)
 
@@ -478,8 +491,7 @@ class SketchEmbedNet(SketchEncoder):
             losses["pixel"] = self.pixel_loss(predicted, batch)
             losses["loss"] = losses["loss"] + alpha * losses["pixel"]
         losses["alpha"] = torch.tensor(alpha)
-        if self.training:
-            self.steps_trained.fill_(step + 1)
+        self.count_step(step)
         return losses
 
     def pixel_loss(self, predicted: mixture.Mixture, batch: StrokeBatch) -> Tensor:
@@ -647,8 +659,8 @@ def held_out_images(
 
 
 def fewshot(
-    method: SketchEmbedNet,
-    untrained: SketchEmbedNet,
+    method: SketchEncoder,
+    untrained: SketchEncoder,
     data: DataSpec,
     *,
     episodes: int = 600,
@@ -750,4 +762,4 @@ def training_facts(method: SketchEncoder) -> str:
     return f"{facts} Other sizes: {', '.join(different)}." if different else facts
 
 
-SketchEmbedNet.protocols = {"fewshot": fewshot}
+SketchEncoder.protocols = {"fewshot": fewshot}
