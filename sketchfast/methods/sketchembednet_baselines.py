@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops._contract import check_integer, check_number
-from .sketchembednet import SketchEncoder, SketchEncoderConfig, StrokeBatch, stroke5
+from .sketchembednet import Batch, SketchEncoder, SketchEncoderConfig, stroke5
 
 # ---- Conv-VAE ----------------------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ class ConvVAE(SketchEncoder):
             config.latent_size, self.encoder.widths[::-1], config.image_channels, config.image_size
         )
 
-    def loss(self, batch: StrokeBatch, step: int) -> dict[str, Tensor]:
+    def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """-E log p(x | z) + kl_weight KL(q(z | x) || N(0, 1)), both over the number of pixels (Eq. 10)."""
         images = self.inputs(batch)
         mean, log_variance = self.encode(images)
@@ -112,7 +112,7 @@ class ConvVAE(SketchEncoder):
         return pictures if self.takes_colour else pictures[:, 0]
 
     @torch.no_grad()
-    def pictures(self, batch: StrokeBatch, count: int = 8) -> dict[str, Tensor]:
+    def pictures(self, batch: Batch, count: int = 8) -> dict[str, Tensor]:
         """The input, and what the decoder makes of its mean code."""
         training = self.training
         self.eval()
@@ -186,7 +186,7 @@ class Contrastive(SketchEncoder):
         sizes = {"small": 128, "tiny": 16}
         return replace(shared, sketch_hidden_size=sizes.get(name, shared.sketch_hidden_size))
 
-    def similarities(self, batch: StrokeBatch) -> Tensor:
+    def similarities(self, batch: Batch) -> Tensor:
         """Cosines [B, B] of all ranks' images (rows) with all ranks' sketches (columns)."""
         images = self.encode(self.inputs(batch))[0]
         sketches = self.sketch_encoder(stroke5(batch, self.offset_scale), batch.lengths)
@@ -196,7 +196,7 @@ class Contrastive(SketchEncoder):
             rows, columns = self.gather_rows(codes).unbind(1)
             return rows @ columns.T
 
-    def loss(self, batch: StrokeBatch, step: int) -> dict[str, Tensor]:
+    def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """InfoNCE over the global batch (van den Oord et al., Eq. 4); share of images that find their own."""
         cosines = self.similarities(batch)
         own = torch.arange(len(cosines), device=cosines.device)
@@ -208,7 +208,7 @@ class Contrastive(SketchEncoder):
         return {"loss": loss, "matched": (cosines.argmax(dim=1) == own).float().mean()}
 
     @torch.no_grad()
-    def pictures(self, batch: StrokeBatch, count: int = 8) -> dict[str, Tensor]:
+    def pictures(self, batch: Batch, count: int = 8) -> dict[str, Tensor]:
         """The input, its own sketch, and the sketch of the batch that lies nearest to it."""
         training = self.training
         self.eval()

@@ -252,7 +252,7 @@ def test_fingerprint_tells_data_sets_apart(drawings) -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (DataSpec("mnist"), "data must be procedural, quickdraw or omniglot"),
+        (DataSpec("mnist"), "data must be procedural, quickdraw, omniglot or sketchy"),
         (DataSpec("quickdraw"), "root must be"),
     ],
 )
