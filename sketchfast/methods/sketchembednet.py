@@ -607,8 +607,7 @@ class SketchEmbedNet(SketchEncoder):
             hyper,
             config.embed_size,
             recurrent_dropout=config.recurrent_dropout,
-            # an explicit impl speaks of the raster kernels: the HyperLSTM has no fused one yet
-            impl="reference" if config.impl == "reference" else "auto",
+            impl=config.impl,
         )
         self.head = nn.Linear(hidden, mixture.output_size(config.mixture_components))
 
@@ -641,9 +640,8 @@ class SketchEmbedNet(SketchEncoder):
 
     def decode(self, y: Tensor, z: Tensor) -> mixture.Mixture:
         """The distribution [T, B, ...] of what follows each of y [B, T, 5] (teacher forcing)."""
-        steps = y.shape[1]
-        inputs = torch.cat((y.transpose(0, 1), z.expand(steps, *z.shape)), dim=-1)
-        return mixture.parse_mixture(self.head(self.decoder(inputs, self.initial_state(z))[0]))
+        out, _ = self.decoder(y.transpose(0, 1), self.initial_state(z), context=z)
+        return mixture.parse_mixture(self.head(out))
 
     # ---- loss ----------------------------------------------------------------------------------------------
 
@@ -731,12 +729,12 @@ class SketchEmbedNet(SketchEncoder):
         """The sketches that codes z [B, latent_size] stand for, as `draw_strokes` gives them."""
         self.check_codes(z)
         generator = torch.Generator(z.device).manual_seed(seed)
-        state = self.initial_state(z)
+        state, context = self.initial_state(z), self.decoder.project(z)
         y = z.new_tensor([0.0, 0.0, 1.0, 0.0, 0.0]).expand(len(z), 5)
         ended = torch.zeros(len(z), dtype=torch.bool, device=z.device)
         rows, alive = [y], [~ended]
         for step in range(self.config.max_length):
-            out, state = self.decoder(torch.cat((y, z), dim=-1)[None], state, step_offset=step)
+            out, state = self.decoder(y[None], state, context=context, step_offset=step)
             offset, pen = mixture.sample(mixture.parse_mixture(self.head(out[0])), temperature, generator)
             ended = ended | (pen == PEN_END)
             y = torch.cat((offset, F.one_hot(pen, 3).to(offset.dtype)), dim=-1)
