@@ -537,10 +537,11 @@ def draw_command(args: Sequence[str]) -> int:
         raise UsageError(f"scale must be at least 1, got {flags.draw.scale}")
     method = load_method(run)[0].to(_device(flags.device.accelerator))
     size = _image_size(method)
-    ink = load_ink(image, size)[None].to(next(method.parameters()).device)
+    load = load_rgb if method.takes_colour else load_ink
+    picture = load(image, size)[None].to(next(method.parameters()).device)
     if type(method).draw is Method.draw:
         raise UsageError(f"RUN must be of a method that draws, got one of {read_run(run)['method']}")
-    sketch = method.draw(ink, temperature=flags.draw.temperature, seed=flags.draw.seed)[0]
+    sketch = method.draw(picture, temperature=flags.draw.temperature, seed=flags.draw.seed)[0]
     out = flags.draw.out or Path(f"{image.stem}-drawn.svg")
     out.parent.mkdir(parents=True, exist_ok=True)
     svg, png = out.with_suffix(".svg"), out.with_suffix(".png")

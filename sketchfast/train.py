@@ -639,7 +639,8 @@ class _Loop:
     def check_same(self, path: Path, state: Mapping[str, Any]) -> None:
         """ValueError unless `state` is of this run."""
         now = {"method": self.settings["method"], **self.settings["config"]}
-        then = {"method": state["method"], **state["config"]}
+        # a field that is newer than the checkpoint stood at what is its default now
+        then = {"method": state["method"], **config_to_json(type(self.config)()), **state["config"]}
         now |= self.data_identity
         then |= state["data"]
         changed = [

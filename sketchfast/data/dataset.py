@@ -165,7 +165,7 @@ class StrokeDataset(Dataset[tuple[Sketch, int]]):
 class LabelledImages:
     """N labelled images.
 
-    images: uint8 [N, H, W], ink = 255 on 0. labels: int64 [N], indices into class_names.
+    images: uint8 [N, H, W], ink = 255 on 0, or RGB [N, H, W, 3]. labels: int64 [N], indices into class_names.
     skipped, info and extra as in `StrokeDataset`.
     """
 

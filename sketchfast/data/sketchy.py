@@ -19,6 +19,7 @@ from .cache import load_image_cache
 from .dataset import StrokeDataset, add_counts, track
 from .images import (
     DEFAULT_SIZE,
+    ImageSet,
     SketchPhotoSet,
     domain_folder,
     find_images,
@@ -27,6 +28,7 @@ from .images import (
     pair_names,
     read_images,
 )
+from .splits import _words
 from .strokes import Sketch, from_svg, svg_size
 
 #: The rendering that is centred and scaled by nothing; the archive holds others, such as tx_000100000000.
@@ -43,6 +45,19 @@ EXPECTED_STROKES = """  <root>/sketches-06-04/sketches/<class>/n02691156_58-1.sv
 #: Lists the photos to test on, a line each: airplane/n02691156_1512.jpg.
 TEST_PHOTOS_FILE = "testset.txt"
 _SKETCH_NAME = re.compile(r"(.+)-\d+")  # <photo>-<number of the sketch>
+_WORDNET_NAME = re.compile(r"(?:.*/)?(n\d{8})_\d+(?:-\d+)?")  # <class>/<WordNet id>_<number of the photo>
+#: The test classes of mini-ImageNet in the split of Ravi and Larochelle (2017).
+_MINI_IMAGENET_TEST = frozenset(
+    _words(
+        """
+        n01930112 n01981276 n02099601 n02110063 n02110341 n02116738 n02129165 n02219486 n02443484 n02871525
+        n03127925 n03146219 n03272010 n03544143 n03775546 n04146614 n04149813 n04418357 n04522168 n07613480
+        """
+    )
+)
+#: What stands above one of them in WordNet and has photos in Sketchy: working dog (malamute is one), guitar
+#: (electric guitar is one). None of Sketchy's ids stands below one.
+_ABOVE_MINI_IMAGENET_TEST = frozenset({"n02103406", "n03467517"})
 
 
 def load_sketchy(
@@ -69,6 +84,43 @@ def load_sketchy(
     if cached is not None:
         return cached
     return read_sketchy(path, size=size, extended=extended, transform=transform, progress=progress)
+
+
+def load_sketchy_photos(
+    root: str | Path,
+    *,
+    size: int = DEFAULT_SIZE,
+    transform: str = TRANSFORM,
+    cache: bool = True,
+    progress: bool = False,
+) -> ImageSet:
+    """Sketchy's 12,500 photos alone, as `load_sketchy` gives them; its sketches may be absent.
+
+    cache: use the photos of what `sketchfast data prepare sketchy ROOT --size SIZE` wrote, if it still fits.
+    """
+    path, size = existing_path(root), check_integer("size", size, 1)
+    cached = load_image_cache(SketchPhotoSet, "sketchy", path, size, transform=transform) if cache else None
+    if cached is not None:
+        return cached.photos
+    with open_tree(path, into_archive=True) as tree:
+        files, passed_over = find_images(tree, "photo", transform)
+        if not files:
+            raise layout_error(path, EXPECTED.replace(TRANSFORM, transform), tree.names)
+        names = sorted({file.class_name for file in files})
+        photos = read_images(tree, files, names, size, description="Sketchy photos", progress=progress)
+    add_counts(photos.skipped, passed_over)
+    return photos
+
+
+def overlaps_mini_imagenet(name: str) -> bool:
+    """Whether the photo, or the photo of the sketch, `name` shows a test class of mini-ImageNet.
+
+    Decided by the WordNet id in the name ("ant/n02219486_58"), photo by photo, since most classes of Sketchy
+    are made of several: it does if the id is one of the 20 test classes, or stands above one in WordNet, so
+    that the photo may show it. A name without an id does not.
+    """
+    match = _WORDNET_NAME.fullmatch(name)
+    return match is not None and match[1] in _MINI_IMAGENET_TEST | _ABOVE_MINI_IMAGENET_TEST
 
 
 def read_sketchy(

@@ -110,7 +110,7 @@ class Method(nn.Module):
 
     Config: ClassVar[type[TrainConfig]]
     #: `embed` takes RGB images as they are, sketches dark on white; else ink alone, ink = 1
-    takes_colour: ClassVar[bool] = False
+    takes_colour: bool = False
     #: protocol name -> function(method, untrained, data, **flags) -> tables; `untrained` has the same
     #: config and fresh weights, or those the run started from where it kept them (`before_training`), so
     #: that each table carries its own baseline. A keyword-only argument is a flag; one annotated

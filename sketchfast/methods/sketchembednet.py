@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,14 +29,14 @@ from ..models import mixture
 from ..models.encoders import ENCODERS
 from ..ops._contract import check_integer, check_number
 from ..ops.raster import raster_bce, rasterize
-from .base import PRESETS, DataSpec, Method, Table, TrainConfig
+from .base import PRESETS, DataSpec, Method, Table, TrainConfig, sized_rgb
 
 PEN_DOWN, PEN_UP, PEN_END = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class SketchEmbedNetConfig(TrainConfig):
-    """The paper's QuickDraw run (section 4.1, "Implementation details")."""
+class SketchEncoderConfig(TrainConfig):
+    """What the networks on one encoder share: the paper's QuickDraw run (section 4.1)."""
 
     clip_value: float = 1.0
     """clip each gradient element to +-this; 0 turns it off"""
@@ -43,6 +44,11 @@ class SketchEmbedNetConfig(TrainConfig):
     """image encoder: conv4 (the paper's on QuickDraw) or resnet12 (its on Sketchy)"""
     image_size: int = 28
     """side of the input image in pixels; 84 for Sketchy"""
+    image_channels: int = 1
+    """1: the input is the raster of the drawing itself, as on QuickDraw; 3: it is the colour photo that the
+    drawing shows, as on Sketchy (data sketchy or procedural)"""
+    keep_overlap: bool = False
+    """data sketchy: train on the photos of mini-ImageNet's test classes too; the paper leaves them out"""
     max_length: int = 64
     """longest drawing in pen offsets; longer ones are left out; 100 for Sketchy"""
     simplify_tolerance: float = 0.0
@@ -50,28 +56,10 @@ class SketchEmbedNetConfig(TrainConfig):
     0 takes the drawings as they are, as the paper does"""
     latent_size: int = 256
     """size of the embedding z"""
-    hidden_size: int = 1024
-    """units of the decoder's HyperLSTM"""
-    hyper_size: int = 512
-    """units of the smaller LSTM that rescales its gates"""
-    embed_size: int = 64
-    """size of the hypernetwork's embeddings"""
-    mixture_components: int = 30
-    """bivariate Gaussians in the distribution of the next offset"""
-    recurrent_dropout: float = 0.0
-    """probability of dropping a new cell input, training only; the authors train without"""
     lr_decay: float = 0.85
     """factor on the learning rate each lr_decay_steps, applied continuously"""
     lr_decay_steps: int = 15_000
     """steps over which the learning rate falls by lr_decay; 0 takes the paper's share of steps, a 20th"""
-    alpha_step: float = 0.05
-    """what alpha, the weight of the pixel loss, gains each alpha_interval"""
-    alpha_interval: int = 10_000
-    """steps between gains of alpha; 0 takes the paper's share of steps, a 30th"""
-    alpha_max: float = 0.5
-    """cap of alpha; 0.75 for Sketchy"""
-    pixel_loss_above: float = 0.1
-    """the pixel loss is computed only where alpha exceeds this: 0.1 in the authors' code, 0 in the paper"""
     held_out_classes: float = 45 / 345
     """share of the classes kept out of training, at least one; the paper keeps 45 of 345"""
     drawings_per_class: int = 0
@@ -83,24 +71,74 @@ class SketchEmbedNetConfig(TrainConfig):
         super().__post_init__()
         if self.encoder not in ENCODERS:
             raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {self.encoder!r}")
-        sizes = ("image_size", "latent_size", "hidden_size", "hyper_size", "embed_size")
-        for name in (*sizes, "max_length", "mixture_components"):
+        if self.image_channels not in (1, 3):
+            raise ValueError(f"image_channels must be 1 or 3, got {self.image_channels!r}")
+        for name in ("image_size", "latent_size", "max_length"):
             check_integer(name, getattr(self, name), 1)
-        for name in ("alpha_interval", "lr_decay_steps", "drawings_per_class", "split_seed"):
+        for name in ("lr_decay_steps", "drawings_per_class", "split_seed"):
             check_integer(name, getattr(self, name), 0)
-        for name in ("alpha_step", "alpha_max", "pixel_loss_above", "held_out_classes", "simplify_tolerance"):
-            if not 0 <= check_number(name, getattr(self, name)) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
-        if not 0 <= check_number("recurrent_dropout", self.recurrent_dropout) < 1:
-            raise ValueError(f"recurrent_dropout must lie in [0, 1), got {self.recurrent_dropout!r}")
+        if not isinstance(self.keep_overlap, bool):
+            raise TypeError(f"keep_overlap must be a bool, got {self.keep_overlap!r}")
+        self._check_shares("held_out_classes", "simplify_tolerance")
         if not 0 < check_number("lr_decay", self.lr_decay) <= 1:
             raise ValueError(f"lr_decay must lie in (0, 1], got {self.lr_decay!r}")
 
+    def _check_shares(self, *names: str) -> None:
+        for name in names:
+            if not 0 <= check_number(name, getattr(self, name)) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)!r}")
 
-def _share_of_steps(config: SketchEmbedNetConfig, field: str) -> int:
-    """A schedule's interval in steps: as configured, or, where that is 0, in the paper's proportion."""
-    paper = SketchEmbedNetConfig()
-    return getattr(config, field) or max(round(config.steps * getattr(paper, field) / paper.steps), 1)
+    def share_of_steps(self, field: str) -> int:
+        """A schedule's interval in steps: as configured, or, where that is 0, in the paper's proportion."""
+        paper = type(self)()
+        return getattr(self, field) or max(round(self.steps * getattr(paper, field) / paper.steps), 1)
+
+
+@dataclass(frozen=True)
+class SketchEmbedNetConfig(SketchEncoderConfig):
+    """The paper's QuickDraw run (section 4.1, "Implementation details")."""
+
+    hidden_size: int = 1024
+    """units of the decoder's HyperLSTM"""
+    hyper_size: int = 512
+    """units of the smaller LSTM that rescales its gates"""
+    embed_size: int = 64
+    """size of the hypernetwork's embeddings"""
+    mixture_components: int = 30
+    """bivariate Gaussians in the distribution of the next offset"""
+    recurrent_dropout: float = 0.0
+    """probability of dropping a new cell input, training only; the authors train without"""
+    alpha_step: float = 0.05
+    """what alpha, the weight of the pixel loss, gains each alpha_interval"""
+    alpha_interval: int = 10_000
+    """steps between gains of alpha; 0 takes the paper's share of steps, a 30th"""
+    alpha_max: float = 0.5
+    """cap of alpha; 0.75 for Sketchy"""
+    pixel_loss_above: float = 0.1
+    """the pixel loss is computed only where alpha exceeds this: 0.1 in the authors' code, 0 in the paper"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("hidden_size", "hyper_size", "embed_size", "mixture_components"):
+            check_integer(name, getattr(self, name), 1)
+        check_integer("alpha_interval", self.alpha_interval, 0)
+        self._check_shares("alpha_step", "alpha_max", "pixel_loss_above")
+        if not 0 <= check_number("recurrent_dropout", self.recurrent_dropout) < 1:
+            raise ValueError(f"recurrent_dropout must lie in [0, 1), got {self.recurrent_dropout!r}")
+
+
+#: In which fields the paper's run on Sketchy differs from that on QuickDraw, the defaults. The authors' code
+#: simplifies by 5 pixels of the photo and keeps 10 of the 125 classes for validation.
+SKETCHY_RUN: dict[str, Any] = {
+    "batch_size": 64,
+    "encoder": "resnet12",
+    "image_size": 84,
+    "image_channels": 3,
+    "max_length": 100,
+    "simplify_tolerance": 0.02,
+    "held_out_classes": 10 / 125,
+    "alpha_max": 0.75,
+}
 
 
 class StrokeBatch(NamedTuple):
@@ -112,6 +150,19 @@ class StrokeBatch(NamedTuple):
     """[B, T + 1] bool; False past the length"""
     lengths: Tensor
     """[B] int64: points of each drawing, 2 to T + 1"""
+
+
+class PhotoStrokeBatch(NamedTuple):
+    """A `StrokeBatch` with the photos that the drawings show."""
+
+    points: Tensor
+    pen_down: Tensor
+    lengths: Tensor
+    photos: Tensor
+    """[B, 3, S, S] uint8, RGB"""
+
+
+Batch = StrokeBatch | PhotoStrokeBatch
 
 
 def _fingerprint(drawings: StrokeDataset) -> str:
@@ -139,10 +190,14 @@ class StrokeBatches(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> StrokeBatch:
-        return StrokeBatch(*(part[0] for part in self.__getitems__([index])))
+    def __getitem__(self, index: int) -> Batch:
+        batch = self.__getitems__([index])
+        return type(batch)(*(part[0] for part in batch))
 
-    def __getitems__(self, indices: list[int]) -> StrokeBatch:
+    def __getitems__(self, indices: list[int]) -> Batch:
+        return self.strokes(indices)
+
+    def strokes(self, indices: list[int]) -> StrokeBatch:
         rows = torch.as_tensor(indices, dtype=torch.int64)
         lengths = self.lengths[rows]
         column = torch.arange(self.max_points)[None]
@@ -154,7 +209,24 @@ class StrokeBatches(torch.utils.data.Dataset):
         return StrokeBatch((points - (low + high) / 2) / extent, pen_down, lengths)
 
 
-def stroke5(batch: StrokeBatch, offset_scale: Tensor) -> Tensor:
+class PhotoStrokeBatches(StrokeBatches):
+    """`StrokeBatches` with each drawing's photo, packed uint8; `extra["photo"]` says which it is."""
+
+    def __init__(self, drawings: StrokeDataset, photos: NDArray[np.uint8], max_points: int) -> None:
+        super().__init__(drawings, max_points)
+        self.photos = torch.from_numpy(photos)
+        self.photo_rows = torch.from_numpy(drawings.extra["photo"])
+        digest = hashlib.blake2b(self.fingerprint.encode(), digest_size=16)
+        for part in (drawings.extra["photo"], photos[:64], photos[-64:]):
+            digest.update(np.ascontiguousarray(part).tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def __getitems__(self, indices: list[int]) -> PhotoStrokeBatch:
+        photos = self.photos[self.photo_rows[torch.as_tensor(indices, dtype=torch.int64)]]
+        return PhotoStrokeBatch(*self.strokes(indices), photos)
+
+
+def stroke5(batch: Batch, offset_scale: Tensor) -> Tensor:
     """The paper's y [B, T + 1, 5]: (dx, dy) in units of `offset_scale`, then pen down, lifted, ended.
 
     Row 0 is the first point, the origin; row t leads to point t. Past the end all rows are (0, 0, 0, 0, 1).
@@ -175,8 +247,8 @@ def read_drawings(data: DataSpec, per_class: int | None = None) -> StrokeDataset
             return procedural()
         styles = min(per_class, 5)
         return procedural(instances=per_class // styles, styles=styles)
-    if data.name not in ("quickdraw", "omniglot"):
-        raise ValueError(f"data must be procedural, quickdraw or omniglot, got {data.name!r}")
+    if data.name not in ("quickdraw", "omniglot", "sketchy"):
+        raise ValueError(f"data must be procedural, quickdraw, omniglot or sketchy, got {data.name!r}")
     if data.root is None:
         raise ValueError(f"root must be the folder that holds {data.name}, got None")
     from ..data.prepare import load_prepared
@@ -186,12 +258,121 @@ def read_drawings(data: DataSpec, per_class: int | None = None) -> StrokeDataset
         from ..data.quickdraw import load_quickdraw
 
         return prepared or load_quickdraw(data.root, per_class=per_class)
+    if data.name == "sketchy":
+        return _at_most(_read_sketchy(data.root), per_class)
     from ..data.omniglot import load_omniglot_strokes
 
     # sampled in time, thousands of points a drawing; the authors simplify by the same tolerance in pixels
     strokes = prepared or load_omniglot_strokes(data.root)
     sketches = [simplify(strokes[index][0], 2.0) for index in range(len(strokes))]
     return _repacked(strokes, sketches)
+
+
+def _read_sketchy(root: Path) -> StrokeDataset:
+    """Sketchy's drawings that the publishers do not mark as invalid."""
+    from ..data.prepare import load_prepared
+    from ..data.sketchy import load_sketchy_strokes
+
+    strokes = load_prepared("sketchy_strokes", root)
+    if strokes is None or "size" not in strokes.extra:  # older caches have no sizes
+        strokes = load_sketchy_strokes(root)
+    return _without(strokes, ~strokes.extra["valid"], "marked invalid")
+
+
+def _without(drawings: StrokeDataset, out: NDArray[np.bool_], reason: str) -> StrokeDataset:
+    """The drawings but those of the mask `out`, which are counted in `skipped`."""
+    kept = drawings.subset(~out)
+    if out.any():
+        add_counts(kept.skipped, {reason: int(out.sum())})
+    return kept
+
+
+def _at_most(drawings: StrokeDataset, per_class: int | None, seed: int = 0) -> StrokeDataset:
+    """At most `per_class` drawings of each class, picked at random; all for None."""
+    if per_class is None:
+        return drawings
+    order = np.random.default_rng(seed).permutation(len(drawings))
+    parts = [order[drawings.labels[order] == label][:per_class] for label in np.unique(drawings.labels)]
+    return drawings.subset(np.concatenate(parts))
+
+
+#: The data sets whose drawings have photos.
+PHOTO_DATA = ("procedural", "sketchy")
+
+
+def read_photos(
+    data: DataSpec, drawings: StrokeDataset, size: int
+) -> tuple[StrokeDataset, NDArray[np.uint8]]:
+    """The drawings of `read_drawings(data)` that have a photo, and the photos, uint8 RGB [P, 3, size, size].
+
+    `extra["photo"]` int64 [N] of the drawings says which photo each shows. A photo keeps its proportions and
+    is padded to a square with black, as in the paper. Its authors also cut it to the object's box beforehand,
+    from a list beside the data set; here it is whole. The drawings stay as they are: as on QuickDraw they are
+    scaled and centred by their own box.
+    """
+    if data.name == "procedural":
+        return _procedural_photos(drawings, size)
+    if data.name == "sketchy" and data.root is not None:
+        return _sketchy_photos(data.root, drawings, size)
+    raise ValueError(f"data must be one with photos ({', '.join(PHOTO_DATA)}), got {data.name!r}")
+
+
+def _procedural_photos(drawings: StrokeDataset, size: int) -> tuple[StrokeDataset, NDArray[np.uint8]]:
+    """A photo of each instance; the drawings by different hands of one share it."""
+    from ..data.procedural import photo
+
+    things, rows = np.unique(
+        np.stack((drawings.labels, drawings.extra["instance"]), axis=1), axis=0, return_inverse=True
+    )
+    photos = np.stack(
+        [photo(drawings.class_names[label], instance, size) for label, instance in things.tolist()]
+    )
+    return replace(drawings, extra={**drawings.extra, "photo": rows.reshape(-1).astype(np.int64)}), photos
+
+
+def _sketchy_photos(
+    root: Path, drawings: StrokeDataset, size: int
+) -> tuple[StrokeDataset, NDArray[np.uint8]]:
+    """Sketchy's photos, squares on disk, in the proportions of the documents drawn over them."""
+    from ..data.sketchy import load_sketchy_photos, photo_of_sketch
+
+    photos = load_sketchy_photos(root, size=size)
+    place = {name: row for row, name in enumerate(photos.names)}
+    rows = np.array(
+        [place.get(photo_of_sketch(key) or "", -1) for key in drawings.extra["key"].tolist()], np.int64
+    )
+    known = (rows >= 0) & np.isfinite(drawings.extra["size"]).all(axis=1)
+    kept = _without(drawings, ~known, "no photo or no size")
+    if not len(kept):
+        raise ValueError(
+            f"data must hold photos of its drawings, got none for {len(drawings)} drawings in {root}"
+        )
+    used, first, photo_rows = np.unique(rows[known], return_index=True, return_inverse=True)
+    pixels = np.zeros((len(used), 3, size, size), np.uint8)
+    for target, row, (width, height) in zip(pixels, used, kept.extra["size"][first], strict=True):
+        target[:] = _letterboxed(photos.images[row], float(width), float(height)).transpose(2, 0, 1)
+    add_counts(kept.skipped, {f"photos: {reason}": count for reason, count in photos.skipped.items()})
+    return replace(kept, extra={**kept.extra, "photo": photo_rows.reshape(-1).astype(np.int64)}), pixels
+
+
+def _letterboxed(square: NDArray[np.uint8], width: float, height: float) -> NDArray[np.uint8]:
+    """A picture that was stretched to a square [S, S, 3] in its own proportions, padded with black."""
+    from PIL import Image
+
+    size, longest = len(square), max(width, height)
+    inner = (max(round(size * width / longest), 1), max(round(size * height / longest), 1))
+    canvas = Image.new("RGB", (size, size))
+    corner = ((size - inner[0]) // 2, (size - inner[1]) // 2)
+    canvas.paste(Image.fromarray(square).resize(inner, Image.Resampling.BILINEAR), corner)
+    return np.asarray(canvas)
+
+
+def without_overlap(drawings: StrokeDataset) -> StrokeDataset:
+    """Sketchy's drawings but those of mini-ImageNet's test classes; see `overlaps_mini_imagenet`."""
+    from ..data.sketchy import overlaps_mini_imagenet
+
+    out = np.array([overlaps_mini_imagenet(key) for key in drawings.extra["key"].tolist()], bool)
+    return _without(drawings, out, "overlap with mini-ImageNet's test classes")
 
 
 def _repacked(drawings: StrokeDataset, sketches: list[Sketch]) -> StrokeDataset:
@@ -214,7 +395,7 @@ def split_classes(class_names: list[str], held_out: float, seed: int) -> tuple[l
 
 
 def usable_drawings(
-    drawings: StrokeDataset, class_names: list[str], config: SketchEmbedNetConfig
+    drawings: StrokeDataset, class_names: list[str], config: SketchEncoderConfig
 ) -> StrokeDataset:
     """The drawings of `class_names` of 2 to max_length + 1 points and any extent, simplified as configured.
 
@@ -266,32 +447,21 @@ def _offset_deviation(drawings: StrokeDataset) -> float:
     return float(offsets.std(dtype=np.float64))
 
 
-class SketchEmbedNet(Method):
-    """Encoder, Gaussian code, HyperLSTM decoder with a mixture density head; see the module's docstring."""
+class SketchEncoder(Method):
+    """An encoder of images to a Gaussian code z, trained on drawings: what the networks compared share."""
 
-    Config = SketchEmbedNetConfig
-    config: SketchEmbedNetConfig
+    Config = SketchEncoderConfig
+    config: SketchEncoderConfig
     offset_scale: Tensor
     steps_trained: Tensor
     training_drawings: Tensor
     training_classes: Tensor
 
-    def __init__(self, config: SketchEmbedNetConfig) -> None:
+    def __init__(self, config: SketchEncoderConfig) -> None:
         super().__init__(config)
-        hidden, hyper, latent = config.hidden_size, config.hyper_size, config.latent_size
-        self.encoder = ENCODERS[config.encoder]()
-        self.to_latent = nn.Linear(self.encoder.features, 2 * latent)
-        self.to_state = nn.Linear(latent, 2 * (hidden + hyper))
-        self.decoder = sketchnn.HyperLSTM(
-            5 + latent,
-            hidden,
-            hyper,
-            config.embed_size,
-            recurrent_dropout=config.recurrent_dropout,
-            # an explicit impl speaks of the raster kernels: the HyperLSTM has no fused one yet
-            impl="reference" if config.impl == "reference" else "auto",
-        )
-        self.head = nn.Linear(hidden, mixture.output_size(config.mixture_components))
+        self.takes_colour = config.image_channels == 3
+        self.encoder = ENCODERS[config.encoder](config.image_channels)
+        self.to_latent = nn.Linear(self.encoder.features, 2 * config.latent_size)
         #: standard deviation of the training set's offsets, in sides of the bounding box
         self.register_buffer("offset_scale", torch.ones(()))
         # what a table of results must say of the training; in the checkpoint with the weights
@@ -299,53 +469,44 @@ class SketchEmbedNet(Method):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
 
     @classmethod
-    def preset(cls, name: str) -> SketchEmbedNetConfig:
+    def preset(cls, name: str) -> Any:
+        """The config of the preset `name`: the same data, batches and learning rates for every network."""
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
         if name == "paper":
-            return SketchEmbedNetConfig()
-        short = SketchEmbedNetConfig(lr_decay_steps=0, alpha_interval=0)
+            return cls.Config()
+        short = cls.Config(lr_decay_steps=0, simplify_tolerance=0.02)
         if name == "small":
-            return replace(
-                short,
-                steps=4000,
-                batch_size=64,
-                learning_rate=2e-3,
-                # in a short run the pixel loss costs accuracy at first: it comes later and stays smaller
-                alpha_interval=400,
-                alpha_max=0.25,
-                max_length=40,
-                simplify_tolerance=0.02,
-                hidden_size=256,
-                hyper_size=64,
-                embed_size=16,
-                mixture_components=20,
-            )
-        return replace(
-            short,
-            steps=3,
-            batch_size=8,
-            max_length=24,
-            simplify_tolerance=0.02,
-            hidden_size=16,
-            hyper_size=8,
-            embed_size=4,
-            mixture_components=3,
-            drawings_per_class=8,
-        )
+            return replace(short, steps=4000, batch_size=64, learning_rate=2e-3, max_length=40)
+        return replace(short, steps=3, batch_size=8, max_length=24, drawings_per_class=8)
 
     # ---- data ----------------------------------------------------------------------------------------------
 
     def train_data(self, data: DataSpec) -> StrokeBatches:
-        """The drawings of the training classes; also measures `offset_scale` on them."""
+        """The drawings of the training classes, with their photos if those are the input.
+
+        Also measures `offset_scale` on them.
+        """
         config = self.config
+        if config.image_channels == 3 and data.name not in PHOTO_DATA:
+            raise ValueError(
+                f"data must be one with photos ({', '.join(PHOTO_DATA)}) where image_channels is 3, "
+                f"got {data.name!r}"
+            )
         drawings = read_drawings(data, config.drawings_per_class or None)
+        if data.name == "sketchy" and not config.keep_overlap:
+            drawings = without_overlap(drawings)
         names, _ = split_classes(drawings.class_names, config.held_out_classes, config.split_seed)
         drawings = usable_drawings(drawings, names, config)
+        photos = None
+        if config.image_channels == 3:
+            drawings, photos = read_photos(data, drawings, config.image_size)
         self.offset_scale.fill_(_offset_deviation(drawings))
         self.training_drawings.fill_(len(drawings))
         self.training_classes.fill_(len(np.unique(drawings.labels)))
-        return StrokeBatches(drawings, config.max_length + 1)
+        if photos is None:
+            return StrokeBatches(drawings, config.max_length + 1)
+        return PhotoStrokeBatches(drawings, photos, config.max_length + 1)
 
     # ---- network -------------------------------------------------------------------------------------------
 
@@ -355,7 +516,7 @@ class SketchEmbedNet(Method):
         padding = 2 * round(size / 10)
         return points * (size - padding) + (size - 1) / 2
 
-    def render(self, batch: StrokeBatch) -> Tensor:
+    def render(self, batch: Batch) -> Tensor:
         """The drawings as images [B, 1, S, S], ink = 1."""
         points = self.to_pixels(batch.points)
         size = self.config.image_size
@@ -366,6 +527,112 @@ class SketchEmbedNet(Method):
         mean, log_variance = self.to_latent(self.encoder(images)).chunk(2, dim=-1)
         return mean, log_variance
 
+    def inputs(self, batch: Batch) -> Tensor:
+        """What the encoder sees of a batch: [B, image_channels, S, S] in [0, 1], ink = 1 or RGB."""
+        return batch.photos / 255.0 if isinstance(batch, PhotoStrokeBatch) else self.render(batch)
+
+    @staticmethod
+    def sample_code(mean: Tensor, log_variance: Tensor) -> Tensor:
+        """A reparameterised draw of z [B, latent_size]."""
+        return mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+
+    def count_step(self, step: int) -> None:
+        """Note that training step `step`, counted from 0, was taken."""
+        if self.training:
+            self.steps_trained.fill_(step + 1)
+
+    # ---- training ------------------------------------------------------------------------------------------
+
+    def optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        """Adam, its rate decaying continuously by lr_decay each lr_decay_steps."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.config.learning_rate)
+        gamma = self.config.lr_decay ** (1 / self.config.share_of_steps("lr_decay_steps"))
+        return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
+
+    # ---- use -----------------------------------------------------------------------------------------------
+
+    def fit_images(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] of any size as the encoder takes them: image_size a side, ink alone or RGB."""
+        if self.takes_colour:
+            return sized_rgb(images, self.config.image_size)
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}")
+        if images.dim() != 4:
+            raise ValueError(f"images must have shape [B, C, H, W], got {tuple(images.shape)}")
+        images = images.mean(dim=1, keepdim=True)
+        size = (self.config.image_size, self.config.image_size)
+        if images.shape[2:] == size:
+            return images
+        return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """The mean of z [B, latent_size] of images [B, C, H, W] in [0, 1], ink = 1, resized where needed."""
+        return self.encode(self.fit_images(images))[0]
+
+    def generate(self, z: Tensor, *, temperature: float = 0.0, seed: int = 0) -> Tensor:
+        """Pictures [B, S, S] in [0, 1], ink = 1, decoded from codes z [B, latent_size].
+
+        Temperature 0 gives the most likely picture; above it one is drawn, the same for one seed, where the
+        decoder has something to draw. NotImplementedError for a network that cannot generate.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no decoder: it cannot generate from codes")
+
+    def check_codes(self, z: Tensor) -> None:
+        """TypeError or ValueError unless z is [B, latent_size] and floating point."""
+        if not z.is_floating_point():
+            raise TypeError(f"z must be floating point, got {z.dtype}")
+        if z.dim() != 2 or z.shape[1] != self.config.latent_size:
+            raise ValueError(f"z must have shape [B, {self.config.latent_size}], got {tuple(z.shape)}")
+
+
+class SketchEmbedNet(SketchEncoder):
+    """Encoder, Gaussian code, HyperLSTM decoder with a mixture density head; learns images by drawing them.
+
+    The defaults are the paper's run on QuickDraw. Its run on natural images: --data sketchy --root DIR
+    --image-channels 3 --image-size 84 --encoder resnet12 --max-length 100 --batch-size 64 --alpha-max 0.75
+    --simplify-tolerance 0.02 --held-out-classes 0.08
+    """
+
+    Config = SketchEmbedNetConfig
+    config: SketchEmbedNetConfig
+
+    def __init__(self, config: SketchEmbedNetConfig) -> None:
+        super().__init__(config)
+        hidden, hyper, latent = config.hidden_size, config.hyper_size, config.latent_size
+        self.to_state = nn.Linear(latent, 2 * (hidden + hyper))
+        self.decoder = sketchnn.HyperLSTM(
+            5 + latent,
+            hidden,
+            hyper,
+            config.embed_size,
+            recurrent_dropout=config.recurrent_dropout,
+            impl=config.impl,
+        )
+        self.head = nn.Linear(hidden, mixture.output_size(config.mixture_components))
+
+    @classmethod
+    def preset(cls, name: str) -> SketchEmbedNetConfig:
+        shared: SketchEmbedNetConfig = super().preset(name)
+        if name == "small":
+            return replace(
+                shared,
+                # in a short run the pixel loss costs accuracy at first: it comes later and stays smaller
+                alpha_interval=400,
+                alpha_max=0.25,
+                hidden_size=256,
+                hyper_size=64,
+                embed_size=16,
+                mixture_components=20,
+            )
+        if name == "tiny":
+            return replace(
+                shared, alpha_interval=0, hidden_size=16, hyper_size=8, embed_size=4, mixture_components=3
+            )
+        return shared
+
+    # ---- network -------------------------------------------------------------------------------------------
+
     def initial_state(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         hidden, hyper = self.config.hidden_size, self.config.hyper_size
         h, c, hyper_h, hyper_c = torch.tanh(self.to_state(z)).split((hidden, hidden, hyper, hyper), dim=-1)
@@ -373,9 +640,8 @@ class SketchEmbedNet(Method):
 
     def decode(self, y: Tensor, z: Tensor) -> mixture.Mixture:
         """The distribution [T, B, ...] of what follows each of y [B, T, 5] (teacher forcing)."""
-        steps = y.shape[1]
-        inputs = torch.cat((y.transpose(0, 1), z.expand(steps, *z.shape)), dim=-1)
-        return mixture.parse_mixture(self.head(self.decoder(inputs, self.initial_state(z))[0]))
+        out, _ = self.decoder(y.transpose(0, 1), self.initial_state(z), context=z)
+        return mixture.parse_mixture(self.head(out))
 
     # ---- loss ----------------------------------------------------------------------------------------------
 
@@ -383,18 +649,17 @@ class SketchEmbedNet(Method):
         """Weight of the pixel loss at training step `step`, counted from 0."""
         config = self.config
         return min(
-            config.alpha_max, config.alpha_step * ((step + 1) // _share_of_steps(config, "alpha_interval"))
+            config.alpha_max, config.alpha_step * ((step + 1) // config.share_of_steps("alpha_interval"))
         )
 
-    def loss(self, batch: StrokeBatch, step: int) -> dict[str, Tensor]:
+    def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """L = L_pen + (1 - alpha) L_stroke + alpha L_pixel (Eq. 2), each a mean over batch and time.
 
         As in the authors' code the pen loss counts the padding, and the stroke loss, zero there, is divided
         by all T as well.
         """
         y = stroke5(batch, self.offset_scale)
-        mean, log_variance = self.encode(self.render(batch))
-        z = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+        z = self.sample_code(*self.encode(self.inputs(batch)))
         predicted = self.decode(y[:, :-1], z)
         target = y[:, 1:].transpose(0, 1)
 
@@ -407,11 +672,10 @@ class SketchEmbedNet(Method):
             losses["pixel"] = self.pixel_loss(predicted, batch)
             losses["loss"] = losses["loss"] + alpha * losses["pixel"]
         losses["alpha"] = torch.tensor(alpha)
-        if self.training:
-            self.steps_trained.fill_(step + 1)
+        self.count_step(step)
         return losses
 
-    def pixel_loss(self, predicted: mixture.Mixture, batch: StrokeBatch) -> Tensor:
+    def pixel_loss(self, predicted: mixture.Mixture, batch: Batch) -> Tensor:
         """Cross-entropy of the blurred rasters of prediction and drawing (Eqs. 5 and 6).
 
         Two-sided, as in the authors' code. The prediction runs through samples of the likeliest component,
@@ -434,30 +698,7 @@ class SketchEmbedNet(Method):
             impl=self.config.impl,
         ).mean()
 
-    def optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-        """Adam, its rate decaying continuously by lr_decay each lr_decay_steps."""
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.config.learning_rate)
-        gamma = self.config.lr_decay ** (1 / _share_of_steps(self.config, "lr_decay_steps"))
-        return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma)
-
     # ---- use -----------------------------------------------------------------------------------------------
-
-    def fit_images(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] of any size as the encoder takes them: one channel, image_size a side."""
-        if not images.is_floating_point():
-            raise TypeError(f"images must be floating point in [0, 1], got {images.dtype}")
-        if images.dim() != 4:
-            raise ValueError(f"images must have shape [B, C, H, W], got {tuple(images.shape)}")
-        images = images.mean(dim=1, keepdim=True)
-        size = (self.config.image_size, self.config.image_size)
-        if images.shape[2:] == size:
-            return images
-        return F.interpolate(images, size, mode="bilinear", antialias=True)
-
-    @torch.no_grad()
-    def embed(self, images: Tensor) -> Tensor:
-        """The mean of z [B, latent_size] of images [B, C, H, W] in [0, 1], ink = 1, resized where needed."""
-        return self.encode(self.fit_images(images))[0]
 
     @torch.no_grad()
     def draw(self, images: Tensor, *, temperature: float = 0.0, seed: int = 0) -> list[Sketch]:
@@ -474,13 +715,26 @@ class SketchEmbedNet(Method):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What `draw` draws as tensors: points [B, T + 1, 2] in pixels, pen_down [B, T + 1], lengths [B]."""
         z = self.encode(self.fit_images(images))[0]
+        return self.decode_strokes(z, temperature=temperature, seed=seed)
+
+    @torch.no_grad()
+    def generate(self, z: Tensor, *, temperature: float = 0.0, seed: int = 0) -> Tensor:
+        """Pictures [B, S, S] in [0, 1], ink = 1, of the sketches decoded from codes z [B, latent_size]."""
+        points, pens, lengths = self.decode_strokes(z, temperature=temperature, seed=seed)
+        return rasterize(points, pens, self.config.image_size, lengths=lengths, impl=self.config.impl)
+
+    def decode_strokes(
+        self, z: Tensor, *, temperature: float = 0.0, seed: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The sketches that codes z [B, latent_size] stand for, as `draw_strokes` gives them."""
+        self.check_codes(z)
         generator = torch.Generator(z.device).manual_seed(seed)
-        state = self.initial_state(z)
+        state, context = self.initial_state(z), self.decoder.project(z)
         y = z.new_tensor([0.0, 0.0, 1.0, 0.0, 0.0]).expand(len(z), 5)
         ended = torch.zeros(len(z), dtype=torch.bool, device=z.device)
         rows, alive = [y], [~ended]
         for step in range(self.config.max_length):
-            out, state = self.decoder(torch.cat((y, z), dim=-1)[None], state, step_offset=step)
+            out, state = self.decoder(y[None], state, context=context, step_offset=step)
             offset, pen = mixture.sample(mixture.parse_mixture(self.head(out[0])), temperature, generator)
             ended = ended | (pen == PEN_END)
             y = torch.cat((offset, F.one_hot(pen, 3).to(offset.dtype)), dim=-1)
@@ -501,17 +755,17 @@ class SketchEmbedNet(Method):
         return self.to_pixels((points - (low + high) / 2) / torch.where(extent > 0, extent, 1.0))
 
     @torch.no_grad()
-    def pictures(self, batch: StrokeBatch, count: int = 8) -> dict[str, Tensor]:
-        """Input image, its blur as the pixel loss sees it, and what the model draws of it."""
-        batch = StrokeBatch(*(part[:count] for part in batch))
-        images = self.render(batch)
+    def pictures(self, batch: Batch, count: int = 8) -> dict[str, Tensor]:
+        """Input image, the drawing's blur as the pixel loss sees it, and what the model draws."""
+        batch = type(batch)(*(part[:count] for part in batch))
+        images = self.inputs(batch)
         training = self.training
         self.eval()
         points, pens, lengths = self.draw_strokes(images)
         self.train(training)
         size, impl = self.config.image_size, self.config.impl
         return {
-            "input": images[:, 0],
+            "input": images if self.takes_colour else images[:, 0],
             "target": rasterize(
                 self.to_pixels(batch.points),
                 batch.pen_down,
@@ -544,40 +798,60 @@ PAPER_FEWSHOT = {
 
 
 def embed_images(
-    method: SketchEmbedNet, images: NDArray[np.uint8], batch_size: int = 512
+    method: SketchEncoder, images: NDArray[np.uint8], batch_size: int = 512
 ) -> NDArray[np.float32]:
-    """Embeddings [N, D] of images [N, H, W], computed in evaluation mode on the method's device."""
+    """Embeddings [N, D] of images, computed in evaluation mode on the method's device.
+
+    images: ink [N, H, W], dark on white to a network that takes colour; or RGB [N, H, W, 3].
+    """
     device, training = method.offset_scale.device, method.training
     method.eval()
-    parts = [
-        method.embed(
-            torch.from_numpy(images[start : start + batch_size]).to(device)[:, None].float() / 255
-        ).cpu()
-        for start in range(0, len(images), batch_size)
-    ]
+    parts = []
+    for start in range(0, len(images), batch_size):
+        pixels = torch.from_numpy(images[start : start + batch_size]).to(device).float() / 255
+        if pixels.dim() == 4:
+            pixels = pixels.permute(0, 3, 1, 2)
+        elif method.takes_colour:
+            pixels = (1 - pixels)[:, None].expand(-1, 3, -1, -1)
+        else:
+            pixels = pixels[:, None]
+        parts.append(method.embed(pixels).cpu())
     method.train(training)
     return torch.cat(parts).numpy()
 
 
-def held_out_images(
-    method: SketchEmbedNet, drawings: StrokeDataset, per_class: int, seed: int
-) -> LabelledImages:
-    """Rendered drawings of the classes kept out of training, at most `per_class` of each."""
-    config = method.config
+def _held_out_names(config: SketchEncoderConfig, drawings: StrokeDataset) -> list[str]:
+    """Names of the classes kept out of training; ValueError where there are none."""
     _, names = split_classes(drawings.class_names, config.held_out_classes, config.split_seed)
     if not names:
         raise ValueError(
             f"held_out_classes must leave a class to evaluate on, got {config.held_out_classes!r}"
         )
-    drawings = usable_drawings(drawings, names, config)
-    order = np.random.default_rng(seed).permutation(len(drawings))
-    rows = np.concatenate(
-        [order[drawings.labels[order] == label][:per_class] for label in np.unique(drawings.labels)]
-    )
-    drawings = drawings.subset(rows)
+    return names
+
+
+def held_out_photos(method: SketchEncoder, data: DataSpec, per_class: int, seed: int) -> LabelledImages:
+    """Photos of the classes kept out of training, RGB [N, S, S, 3], at most `per_class` of each."""
+    drawings, photos = read_photos(data, read_drawings(data), method.config.image_size)
+    names = _held_out_names(method.config, drawings)
+    _, first = np.unique(drawings.extra["photo"], return_index=True)  # each photo once
+    drawings = drawings.subset(first)
+    wanted = [index for index, name in enumerate(drawings.class_names) if name in set(names)]
+    drawings = _at_most(drawings.subset(np.isin(drawings.labels, wanted)), per_class, seed)
+    images = photos[drawings.extra["photo"]].transpose(0, 2, 3, 1)
+    return LabelledImages(np.ascontiguousarray(images), drawings.labels, drawings.class_names)
+
+
+def held_out_images(
+    method: SketchEncoder, drawings: StrokeDataset, per_class: int, seed: int
+) -> LabelledImages:
+    """Rendered drawings of the classes kept out of training, at most `per_class` of each."""
+    config = method.config
+    drawings = usable_drawings(drawings, _held_out_names(config, drawings), config)
+    drawings = _at_most(drawings, per_class, seed)
     batches, images = StrokeBatches(drawings, config.max_length + 1), []
     for start in range(0, len(batches), 512):
-        batch = batches.__getitems__(list(range(start, min(start + 512, len(batches)))))
+        batch = batches.strokes(list(range(start, min(start + 512, len(batches)))))
         images.append(
             method.render(StrokeBatch(*(part.to(method.offset_scale.device) for part in batch))).cpu()
         )
@@ -586,8 +860,8 @@ def held_out_images(
 
 
 def fewshot(
-    method: SketchEmbedNet,
-    untrained: SketchEmbedNet,
+    method: SketchEncoder,
+    untrained: SketchEncoder,
     data: DataSpec,
     *,
     episodes: int = 600,
@@ -628,6 +902,9 @@ def fewshot(
             raise ValueError("root must be the folder that holds omniglot, got None")
         images = load_omniglot(data.root, split=split, rotations=rotations, size=method.config.image_size)
         what = f"Omniglot, {split}{' with rotations as classes' if rotations else ''}"
+    elif method.takes_colour:
+        images = held_out_photos(method, data, per_class, seed)
+        what = f"photos of held-out classes of {data.name}"
     else:
         images = held_out_images(method, read_drawings(data), per_class, seed)
         what = f"held-out classes of {data.name}"
@@ -661,9 +938,24 @@ def fewshot(
     return [Table(f"Few-shot classification: {what}", rows, f"{note} {training_facts(method)}")]
 
 
-def training_facts(method: SketchEmbedNet) -> str:
+#: What the paper trains on, by channels of the input.
+PAPER_DATA = {
+    1: "QuickDraw, 300 classes of 70,000",
+    3: "Sketchy, 75,471 drawings of 125 classes less mini-ImageNet's",
+}
+
+
+def paper_config(config: SketchEncoderConfig) -> SketchEncoderConfig:
+    """The paper's run with an input of so many channels: on QuickDraw, or on Sketchy's photos."""
+    paper = type(config)()
+    if config.image_channels == 1:
+        return paper
+    return replace(paper, **{name: value for name, value in SKETCHY_RUN.items() if hasattr(paper, name)})
+
+
+def training_facts(method: SketchEncoder) -> str:
     """What was trained, and in which of its settings it differs from the paper's run."""
-    config, paper = method.config, SketchEmbedNetConfig()
+    config, paper = method.config, paper_config(method.config)
     names = (
         "batch_size",
         "learning_rate",
@@ -675,17 +967,18 @@ def training_facts(method: SketchEmbedNet) -> str:
         "max_length",
         "simplify_tolerance",
         "image_size",
+        "image_channels",
     )
     different = [
         f"{name} {getattr(config, name)} (paper {getattr(paper, name)})"
         for name in ("encoder", *names)
-        if getattr(config, name) != getattr(paper, name)
+        if getattr(config, name, None) != getattr(paper, name, None)
     ]
     facts = (
         f"Trained {int(method.steps_trained)} steps (paper {paper.steps}) on {int(method.training_drawings)} "
-        f"drawings of {int(method.training_classes)} classes (paper: QuickDraw, 300 classes of 70,000)."
+        f"drawings of {int(method.training_classes)} classes (paper: {PAPER_DATA[config.image_channels]})."
     )
     return f"{facts} Other sizes: {', '.join(different)}." if different else facts
 
 
-SketchEmbedNet.protocols = {"fewshot": fewshot}
+SketchEncoder.protocols = {"fewshot": fewshot}

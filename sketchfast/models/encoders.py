@@ -25,13 +25,14 @@ class Conv4(nn.Module):
     """Four blocks of [3x3 convolution, batch norm, ReLU, 2x2 max pool], then the mean over what is left.
 
     The encoder of Vinyals et al. 2016. Images [B, channels, H, W] with sides of at least 16 to features
-    [B, width]; `features` holds that width.
+    [B, width]; `features` holds that width, `widths` those of the four blocks.
     """
 
     def __init__(self, channels: int = 1, width: int = 64) -> None:
         super().__init__()
         self.channels = channels
         self.features = width
+        self.widths = (width,) * 4
         self.blocks = nn.Sequential(
             *(
                 # pooling first gives the same values, and leaves the ReLU a quarter of the work
@@ -73,6 +74,7 @@ class ResNet12(nn.Module):
         super().__init__()
         self.channels = channels
         self.features = widths[-1]
+        self.widths = widths
         inputs = (channels, *widths[:-1])
         self.blocks = nn.Sequential(*(_ResidualBlock(i, o) for i, o in zip(inputs, widths, strict=True)))
         self.blocks.to(memory_format=torch.channels_last)

@@ -28,6 +28,8 @@ from sketchfast.methods.sketchembednet import (
 )
 from sketchfast.models import mixture
 from sketchfast.ops.raster import raster_bce, rasterize
+from sketchfast.runs import read_checkpoint
+from sketchfast.train import RunOptions, train
 
 DATA = Path(os.environ.get("SKETCHFAST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 TINY = replace(SketchEmbedNet.preset("tiny"), impl="reference")
@@ -252,7 +254,7 @@ def test_fingerprint_tells_data_sets_apart(drawings) -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (DataSpec("mnist"), "data must be procedural, quickdraw or omniglot"),
+        (DataSpec("mnist"), "data must be procedural, quickdraw, omniglot or sketchy"),
         (DataSpec("quickdraw"), "root must be"),
     ],
 )
@@ -394,6 +396,41 @@ def test_drawing_follows_the_decoder() -> None:
     want = (path - (low + high) / 2) / (high - low).amax(2, keepdim=True) * 22 + 13.5
     for sketch, points in zip(method.draw(images), want, strict=True):
         np.testing.assert_allclose(sketch.points, points.numpy(), atol=1e-3)
+
+
+def test_generated_pictures_are_those_of_what_is_drawn() -> None:
+    method = make(seed=1).eval()
+    images = method.render(make_batch(method))
+    for how in ({}, {"temperature": 0.7, "seed": 4}):
+        points, pens, lengths = method.draw_strokes(images, **how)
+        want = rasterize(points, pens, 28, lengths=lengths, impl="reference")
+        pictures = method.generate(method.embed(images), **how)
+        assert pictures.shape == (4, 28, 28)
+        assert not pictures.requires_grad
+        torch.testing.assert_close(pictures, want.detach())
+    assert method.generate(torch.randn(2, 256) * 5).max() <= 1
+    with pytest.raises(ValueError, match=r"z must have shape \[B, 256\], got \(2, 255\)"):
+        method.generate(torch.zeros(2, 255))
+    with pytest.raises(TypeError, match="z must be floating point"):
+        method.generate(torch.zeros(2, 256, dtype=torch.int64))
+
+
+def test_a_run_of_before_a_field_of_the_config_goes_on(tmp_path) -> None:
+    """Older checkpoints do not know the newer fields, which had no other value then than the default."""
+    options = RunOptions(tmp_path / "run", accelerator="cpu", picture_every=0)
+    train("sketchembednet", replace(TINY, steps=2), DataSpec(), options, preset="tiny")
+    path = tmp_path / "run" / "checkpoints" / "step-000000002.pt"
+    state = read_checkpoint(path)
+    for name in ("image_channels", "keep_overlap"):
+        del state["config"][name]
+    torch.save(state, path)
+    summary = train("sketchembednet", TINY, DataSpec(), replace(options, resume=True), preset="tiny")
+    assert summary.step == TINY.steps == 3
+    state["config"]["latent_size"] = 128
+    torch.save(state, path)
+    (tmp_path / "run" / "checkpoints" / "step-000000003.pt").unlink()
+    with pytest.raises(ValueError, match=r"is of another run: latent_size was 128, is 256$"):
+        train("sketchembednet", TINY, DataSpec(), replace(options, resume=True), preset="tiny")
 
 
 def test_draw_gives_sketches_within_the_canvas() -> None:
