@@ -122,12 +122,13 @@ class _HyperLSTMBase(nn.Module):
 
         Computed once and given as `context=`, it stands for that input at every step.
         """
-        check_tensor("context", context, ("B", "C"), FLOAT_DTYPES, like=self.weight_ih)
+        weights = self._weights()
+        check_tensor("context", context, ("B", "C"), FLOAT_DTYPES, like=weights["weight_ih"])
         size = context.shape[1]
         if size > self.input_size:
             raise ValueError(f"context must have at most input_size={self.input_size} features, got {size}")
         columns = slice(self.input_size - size, self.input_size)
-        weight = torch.cat((self.weight_ih[:, columns], self.hyper_weight_ih[:, columns]))
+        weight = torch.cat((weights["weight_ih"][:, columns], weights["hyper_weight_ih"][:, columns]))
         return Context(F.linear(context, weight), size)
 
     def _run(

@@ -219,12 +219,13 @@ class _Operands:
         self.z_bias = torch.nn.functional.pad(low["z_bias"].flatten(), (0, 4 * self.embed))  # [12E]
         self.from_z = torch.cat((low["alpha_weight"], low["beta_weight"]))  # [12, H, E]
         self.bias = full["bias"].view(4, self.hidden)
-        self.main_norm = tuple(
-            full.get(name) for name in ("ln_weight", "ln_bias", "ln_c_weight", "ln_c_bias")
-        )
-        self.hyper_norm = tuple(
-            full.get(f"hyper_{name}") for name in ("ln_weight", "ln_bias", "ln_c_weight", "ln_c_bias")
-        )
+        self.main_norm = (
+            full.get("ln_weight"), full.get("ln_bias"), full["ln_c_weight"], full["ln_c_bias"],
+        )  # fmt: skip
+        self.hyper_norm = (
+            full.get("hyper_ln_weight"), full.get("hyper_ln_bias"),
+            full.get("hyper_ln_c_weight"), full.get("hyper_ln_c_bias"),
+        )  # fmt: skip
 
     def split(self, gates: Tensor) -> tuple[Tensor, Tensor]:
         """[..., 4H + 4Hh] into the main LSTM's part and the hyper LSTM's."""

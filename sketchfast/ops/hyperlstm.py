@@ -124,7 +124,7 @@ def _backward_formula(impl: str):
         weights, (lengths, seed, *kept) = rest[: ctx.weights], rest[ctx.weights :]
         none = (None,) * 6
         if all(grad is None for grad in grads[:5]):
-            return (None,) * 6, [None] * ctx.weights, *none
+            return *none, [None] * ctx.weights, *none
         needs_x = ctx.needs_input_grad[0]
         op = getattr(torch.ops.sketchfast, f"hyperlstm_bwd_{impl}")
         grad_x, grad_base, *state, of_weights = op(
