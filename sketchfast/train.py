@@ -473,6 +473,9 @@ def _launch(options: RunOptions, purge_step: int | None) -> Any:
         precision="32-true" if options.precision == "32" else options.precision,
         loggers=TensorBoardLogger(options.out, name="tensorboard", version="", purge_step=purge_step),
     )
+    if options.precision == "bf16-mixed":
+        # Fabric would round the batch itself to bfloat16, and a drawing's offsets to a digit or two
+        fabric.strategy.precision.convert_input = lambda data: data  # type: ignore[method-assign]
     fabric.launch()
     return fabric
 
@@ -754,7 +757,8 @@ class _Loop:
     def gradient(self, batch: Any, step: int, **options: Any) -> dict[str, Tensor]:
         """The losses, detached, and their gradient in `.grad`; what a CUDA graph captures."""
         self.method.zero_grad(set_to_none=True)
-        losses = self.module.loss(batch, step, **options)
+        with self.fabric.autocast():  # on one rank Fabric calls `loss` without it
+            losses = self.module.loss(batch, step, **options)
         self.fabric.backward(losses["loss"])
         return {name: value.detach() for name, value in losses.items()}
 

@@ -19,8 +19,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from sketchfast import train as loop
 from sketchfast.cuda_graph import CudaCapture, GraphedGradient, PassResult
+from sketchfast.methods import get_method
 from sketchfast.methods.base import DataSpec
-from sketchfast.methods.sketchembednet import SketchEmbedNet
 from sketchfast.runs import read_checkpoint, read_run
 from sketchfast.train import RunOptions, TrainSummary, train
 
@@ -221,26 +221,33 @@ def test_a_non_finite_batch_leaves_everything_as_it_was(tmp_path, captures, grap
     assert_same(five["optimizer"]["state"], seven["optimizer"]["state"])
 
 
-def test_sketchembednet_replays_train_as_eager_steps_do(tmp_path, captures):
-    config = dataclasses.replace(
-        SketchEmbedNet.preset("tiny"),
-        steps=8,
-        max_length=12,
-        alpha_interval=2,
-        alpha_step=0.1,
-        recurrent_dropout=0.1,
-        clip_value=1.0,
-    )
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("name", "changes", "keys"),
+    [
+        # without and with the pixel loss
+        ("sketchembednet", {"alpha_interval": 2, "alpha_step": 0.1, "recurrent_dropout": 0.1}, 2),
+        ("conv_vae", {}, 1),
+        ("contrastive", {}, 1),
+    ],
+)
+def test_methods_replay_as_their_eager_steps(tmp_path, captures, name, changes, keys, precision):
+    config = dataclasses.replace(get_method(name).preset("tiny"), steps=6, max_length=8, **changes)
     for graph in ("off", "on"):
         options = RunOptions(
-            tmp_path / graph, log_every=1, picture_every=0, accelerator="cpu", cuda_graph=graph
+            tmp_path / graph,
+            log_every=1,
+            picture_every=0,
+            accelerator="cpu",
+            precision=precision,
+            cuda_graph=graph,
         )
-        train("sketchembednet", config, DataSpec(), options)
-    assert_same_run(tmp_path / "off", tmp_path / "on", 8)
+        train(name, config, DataSpec(), options)
+    assert_same_run(tmp_path / "off", tmp_path / "on", 6)
     [capture] = captures
-    assert capture.keys_captured == 2  # without and with the pixel loss
-    assert capture.replays == 8
-    assert weights(tmp_path / "on", 8)["model"]["steps_trained"].item() == 8
+    assert capture.keys_captured == keys
+    assert capture.replays == 6
+    assert weights(tmp_path / "on", 6)["model"]["steps_trained"].item() == 6
 
 
 # --- one pass, with stand-ins -----------------------------------------------------------------------------
@@ -418,15 +425,11 @@ def test_resumed_graphs_continue_bit_for_bit(tmp_path, graphed_toy):
 @needs_gpu
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_sketchembednet_graphs_train_as_eager_steps_do(tmp_path, impl, precision):
-    config = dataclasses.replace(
-        SketchEmbedNet.preset("tiny"),
-        steps=12,
-        alpha_interval=3,
-        alpha_step=0.1,
-        recurrent_dropout=0.1,
-        impl=impl,
-    )
+@pytest.mark.parametrize("name", ["sketchembednet", "conv_vae", "contrastive"])
+def test_methods_graphs_train_as_their_eager_steps(tmp_path, name, impl, precision):
+    config = dataclasses.replace(get_method(name).preset("tiny"), steps=12, impl=impl)
+    if name == "sketchembednet":
+        config = dataclasses.replace(config, alpha_interval=3, alpha_step=0.1, recurrent_dropout=0.1)
     summaries = {}
     for graph in ("off", "on"):
         options = RunOptions(
@@ -437,7 +440,7 @@ def test_sketchembednet_graphs_train_as_eager_steps_do(tmp_path, impl, precision
             precision=precision,
             cuda_graph=graph,
         )
-        summaries[graph] = train("sketchembednet", config, DataSpec(), options)
+        summaries[graph] = train(name, config, DataSpec(), options)
     assert read_run(tmp_path / "on")["cuda_graph"] is True
     tolerance = 1e-4 if precision == "32" else 2e-2
     eager, graph = (weights(tmp_path / name, 12) for name in ("off", "on"))
