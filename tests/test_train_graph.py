@@ -232,7 +232,9 @@ def test_a_non_finite_batch_leaves_everything_as_it_was(tmp_path, captures, grap
     ],
 )
 def test_methods_replay_as_their_eager_steps(tmp_path, captures, name, changes, keys, precision):
-    config = dataclasses.replace(get_method(name).preset("tiny"), steps=6, max_length=8, **changes)
+    # the native HyperLSTM's products write into given memory, which tracing cannot record
+    impl = "reference" if loop.CudaCapture is Traced else "auto"
+    config = dataclasses.replace(get_method(name).preset("tiny"), steps=6, max_length=8, impl=impl, **changes)
     for graph in ("off", "on"):
         options = RunOptions(
             tmp_path / graph,
