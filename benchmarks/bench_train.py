@@ -1,10 +1,14 @@
 """A trainer's step: with our kernels and with the reference, and where the rest of it goes.
 
     python benchmarks/bench_train.py pm_jdot --preset small --rounds 20
+    python benchmarks/bench_train.py sketchembednet --preset paper --precision bf16-mixed
 
 Impls take turns, step by step, in one run; medians. The parts of a step are timed by wrapping the functions
 named in PARTS (on a GPU with a synchronisation at either end, which costs a little); what is in none of them
-is the losses and the loop. The data are made up, of the preset's sizes, and need no files.
+is the losses and the loop. Whole steps are timed apart, with nothing wrapped: eagerly, and on a GPU replayed
+from a CUDA graph where the method can; with the time that the preset's steps would take, and the share of the
+floor, the step's matrix products and convolutions at the rate of a large product here. The data are made up,
+of the preset's sizes, and need no files.
 """
 
 from __future__ import annotations
@@ -22,13 +26,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from harness import synchronize
+from harness import seconds_of, synchronize
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from sketchfast.cuda_graph import CudaCapture, GraphedGradient
 from sketchfast.methods import get_method
 from sketchfast.methods.base import DataSpec, Method
 from sketchfast.train import spread_pool
@@ -46,7 +52,16 @@ PARTS = {
         "pairs (triplet_loss)": ["module.triplet_loss"],
         "topology (ranking_triplet_loss)": ["module.ranking_triplet_loss"],
     },
+    "sketchembednet": {
+        "images (rasterize)": ["method.render"],
+        "encoder": ["method.encode"],
+        "decoder (HyperLSTM)": ["method.decode"],
+        "pixel loss (raster_bce)": ["method.pixel_loss"],
+    },
 }
+
+#: of the methods whose config can vary the loss: the field
+VARIANTS = {"pm_jdot": "variant", "photo_topology": "objective"}
 
 
 def make_up_data(name: str, module: Any, config: Any) -> None:
@@ -55,12 +70,29 @@ def make_up_data(name: str, module: Any, config: Any) -> None:
         count = max(4 * config.batch_size, 2 * config.prototypes) + config.queries_per_class
         images = noise(config.source_size or config.image_size, count)
         module.read_images = lambda data, config: images
+    elif name == "sketchembednet":
+        drawings = scribbles(4 * config.batch_size, config.max_length + 1)
+        module.read_drawings = lambda data, per_class: drawings
     else:
         from sketchfast.data.pairs import split_instances
 
         pairs = noise(config.image_size, 400)
         pairs.pairs[:] = np.arange(400)
         module.read_split = lambda data, config: split_instances(pairs)
+
+
+def scribbles(count: int, points: int) -> Any:
+    """Random walks of as many points each."""
+    from sketchfast.data.dataset import StrokeDataset
+
+    random = np.random.default_rng(0)
+    return StrokeDataset(
+        np.cumsum(random.normal(size=(count, points, 2)), axis=1).astype(np.float32).reshape(-1, 2),
+        random.random(count * points) < 0.9,
+        np.arange(count + 1, dtype=np.int64) * points,
+        np.arange(count, dtype=np.int64) % 2,
+        ["trained on", "held out"],
+    )
 
 
 def noise(size: int, count: int) -> Any:
@@ -85,9 +117,13 @@ class Clock:
     def __init__(self, device: str) -> None:
         self.device = device
         self.seconds: dict[str, float] = defaultdict(float)
+        self.times_parts = True
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
+        if not (self.times_parts or name == "step"):
+            yield
+            return
         synchronize(self.device)
         start = time.perf_counter()
         yield
@@ -107,7 +143,9 @@ class Clock:
 class Trainer:
     """The loop's step, its parts timed: the passes that `Method.update` asks for."""
 
-    def __init__(self, name: str, config: Any, device: str, start: int) -> None:
+    def __init__(
+        self, name: str, config: Any, device: str, start: int, precision: str = "32", graph: bool = False
+    ) -> None:
         module = import_module(f"sketchfast.methods.{name}")
         torch.manual_seed(0)
         self.clock, self.step_number = Clock(device), start
@@ -120,8 +158,13 @@ class Trainer:
         optimizers, _ = self.method.optimizer()
         self.optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         self.module, self.parts = module, PARTS[name]
-        self.device = device
+        self.device, self.precision = device, precision
         self.batches = np.random.default_rng(0)
+        self.passes: Callable[..., dict[str, torch.Tensor]] = self.eager_gradient
+        if graph:
+            self.passes = GraphedGradient(
+                self.method, self.eager_gradient, CudaCapture(next(self.method.parameters()).device)
+            )
 
     def step(self) -> dict[str, float]:
         """Seconds of one step, whole and by part."""
@@ -135,10 +178,7 @@ class Trainer:
                 self.clock.wrap(target, attribute, name)
         with self.clock.part("step"):
             with self.clock.part("data"):
-                count = self.method.config.batch_size
-                rows = self.batches.choice(len(self.samples), count, replace=False).tolist()
-                batch = self.samples.__getitems__(rows)
-                self.batch = type(batch)(*(part.to(self.device) for part in batch))
+                self.fetch()
             self.method.update(self)
         for (owner, attribute), (target, call) in originals.items():
             if owner == "module":
@@ -148,16 +188,63 @@ class Trainer:
         self.step_number += 1
         return dict(self.clock.seconds)
 
+    def whole_step(self) -> float:
+        """Seconds of one step with nothing timed inside; its batch is there already, as in the loop."""
+        self.clock.seconds.clear()
+        self.clock.times_parts = False
+        self.fetch()
+        with self.clock.part("step"):
+            self.method.update(self)
+        self.clock.times_parts = True
+        self.step_number += 1
+        return self.clock.seconds["step"]
+
+    def fetch(self) -> None:
+        count = self.method.config.batch_size
+        rows = self.batches.choice(len(self.samples), count, replace=False).tolist()
+        batch = self.samples.__getitems__(rows)
+        self.batch = type(batch)(*(part.to(self.device) for part in batch))
+
     def gradient(self, **options: Any) -> dict[str, torch.Tensor]:
-        losses = self.method.loss(self.batch, self.step_number, **options)
+        return self.passes(self.batch, self.step_number, **options)
+
+    def eager_gradient(self, batch: Any, step: int, **options: Any) -> dict[str, torch.Tensor]:
+        with self.autocast():
+            losses = self.method.loss(batch, step, **options)
         with self.clock.part("backward"):
             self.method.zero_grad()
             losses["loss"].backward()
         return {name: value.detach() for name, value in losses.items()}
 
+    def autocast(self) -> Any:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16-mixed")
+
     def descend(self, optimizer: int = 0, *, more: bool = False) -> None:
+        config = self.method.config
         with self.clock.part("optimiser"):
+            parameters = list(self.method.parameters())
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            norm.item()  # as the loop, which asks whether it is finite
+            if config.clip_value > 0:
+                torch.nn.utils.clip_grad_value_(parameters, config.clip_value)
+            if config.clip_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_norm, norm)
             self.optimizers[optimizer].step()
+
+
+def floor_of(trainer: Trainer) -> tuple[float, float]:
+    """Floating-point operations of a step's products and convolutions, and the seconds they take at best.
+
+    Counted in a step of the reference: a fused kernel's are not seen.
+    """
+    with FlopCounterMode(display=False) as counter:
+        trainer.whole_step()
+    side = 1024 if trainer.device == "cpu" else 8192
+    dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
+    matrix = torch.rand(side, side, device=trainer.device, dtype=dtype)
+    seconds = [seconds_of(lambda: matrix @ matrix, trainer.device) for _ in range(12)][2:]
+    flops = counter.get_total_flops()
+    return flops, flops / (2 * side**3 / statistics.median(seconds))
 
 
 def main() -> None:
@@ -168,6 +255,8 @@ def main() -> None:
     parser.add_argument("--preset", default="small", choices=("paper", "small", "tiny"))
     parser.add_argument("--impls", nargs="+", default=["native", "reference"])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--precision", default="32", choices=("32", "bf16-mixed"))
+    parser.add_argument("--batch-size", type=int, help="in place of the preset's")
     parser.add_argument("--variant", help="of pm_jdot the row of Table 3, of photo_topology the objective")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
@@ -176,40 +265,71 @@ def main() -> None:
         spread_pool()
     module = import_module(f"sketchfast.methods.{args.method}")
     config = get_method(args.method).preset(args.preset)
-    variant = "variant" if args.method == "pm_jdot" else "objective"
+    if args.batch_size:
+        config = dataclasses.replace(config, batch_size=args.batch_size)
+    variant = VARIANTS.get(args.method)
+    if args.variant and variant is None:
+        parser.error(f"{args.method} has no variants")
     if args.variant:
         config = dataclasses.replace(config, **{variant: args.variant})
     if hasattr(config, "pretrain_steps"):
         config = dataclasses.replace(config, pretrain_steps=0, weights="random")
     make_up_data(args.method, module, config)
-    # past the k-means start, and with bank and queue full after the warm-up
-    start = getattr(config, "align_after", 0) + 1
-    trainers = {
-        impl: Trainer(args.method, dataclasses.replace(config, impl=impl), args.device, start)
-        for impl in args.impls
-    }
+    # past the k-means start, with bank and queue full after the warm-up, and with the pixel loss
+    start = config.steps // 2 if hasattr(config, "alpha_max") else getattr(config, "align_after", 0) + 1
+
+    def trainer_of(impl: str, graph: bool = False) -> Trainer:
+        with_impl = dataclasses.replace(config, impl=impl)
+        return Trainer(args.method, with_impl, args.device, start, args.precision, graph)
+
+    trainers = {impl: trainer_of(impl) for impl in args.impls}
+    captured = args.device == "cuda" and next(iter(trainers.values())).method.graph_key(start) is not None
+    graphs = {f"{impl}, CUDA graph": trainer_of(impl, True) for impl in args.impls} if captured else {}
     held = max(getattr(config, "bank_size", 0), getattr(config, "queue_size", 0) // 2)
     warm_up = 2 + held // config.batch_size
-    for trainer in trainers.values():
+    for trainer in (trainers | graphs).values():
         for _ in range(warm_up if args.device == "cuda" else min(warm_up, 12)):
-            trainer.step()
+            trainer.whole_step()
     rounds: dict[str, list[dict[str, float]]] = {impl: [] for impl in trainers}
+    whole: dict[str, list[float]] = {name: [] for name in trainers | graphs}
     for _ in range(args.rounds):
         for impl, trainer in trainers.items():
             rounds[impl].append(trainer.step())
+        for name, trainer in (trainers | graphs).items():
+            whole[name].append(trainer.whole_step())
     medians = {
         impl: {part: statistics.median([r[part] for r in steps if part in r]) for part in steps[0]}
         for impl, steps in rounds.items()
     }
+    flops, floor = floor_of(trainers.get("reference") or trainer_of("reference"))
+    steps = {name: statistics.median(seconds) for name, seconds in whole.items()}
     print(format_table(medians))
+    print()
+    print(format_steps(steps, config.steps, floor))
     if args.json:
         about = {
             "method": args.method,
             "preset": args.preset,
-            "variant": getattr(config, variant),
+            "batch_size": config.batch_size,
+            "precision": args.precision,
+            "variant": getattr(config, variant) if variant else None,
             "torch": torch.__version__,
         }
-        args.json.write_text(json.dumps({**about, "device": args.device, "seconds": medians}, indent=2))
+        figures = {"seconds": medians, "step_seconds": steps, "flops": flops, "floor_seconds": floor}
+        args.json.write_text(json.dumps({**about, "device": args.device, **figures}, indent=2))
+
+
+def format_steps(seconds: dict[str, float], count: int, floor: float) -> str:
+    """Markdown: each contender's whole step, against the last, and what `count` of them take."""
+    slowest = seconds.get("reference", max(seconds.values()))
+    lines = [
+        f"| whole step | ms | ratio to reference | {count:,} steps | share of floor |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, step in seconds.items():
+        total = f"{count * step / 60:,.1f} min" if count * step < 7200 else f"{count * step / 3600:,.1f} h"
+        lines.append(f"| {name} | {1e3 * step:.3g} | {slowest / step:.2f}x | {total} | {floor / step:.1%} |")
+    return "\n".join(lines)
 
 
 def format_table(medians: dict[str, dict[str, float]]) -> str:

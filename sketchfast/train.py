@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import os
 import random
@@ -27,7 +28,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from .cuda_graph import CudaCapture, GraphedGradient
 from .methods import Method, get_method
 from .methods.base import DataSpec, TrainConfig
 from .runs import (
@@ -73,6 +76,8 @@ class RunOptions:
     """float32, or bfloat16 autocast with float32 weights"""
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     """device to train on; auto takes a GPU if there is one"""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """replay each step's loss and gradient from a CUDA graph; auto does on one GPU where the method can"""
     workers: int = -1
     """processes that prepare batches ahead on each rank; 0 = none, -1 = 4 on a GPU and none on CPU"""
     log_every: int = 10
@@ -97,7 +102,12 @@ class RunOptions:
                 raise TypeError(f"{name} must be an int, got {type(value).__name__}")
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name, allowed in (("precision", ("32", "bf16-mixed")), ("accelerator", ("auto", "cpu", "cuda"))):
+        choices = {
+            "precision": ("32", "bf16-mixed"),
+            "accelerator": ("auto", "cpu", "cuda"),
+            "cuda_graph": ("auto", "on", "off"),
+        }
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
@@ -248,6 +258,35 @@ class _RankBatches(Dataset):
         with _own_rng(self.order.seed, step, self.rank):
             ready_made = getattr(self.samples, "__getitems__", None)
             return ready_made(mine) if ready_made else default_collate([self.samples[i] for i in mine])
+
+
+class _DeviceBatches:
+    """A loader's batches on the device, the next one on its way there while the last is computed with."""
+
+    def __init__(self, batches: Iterable[Any], to_device: Callable[[Any], Any], device: torch.device) -> None:
+        self._batches, self._to_device, self.device = iter(batches), to_device, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ahead: list[Any] = []
+
+    def prefetch(self) -> None:
+        """Take the next batch and start its copy, once; called while the GPU computes."""
+        if not self._ahead:
+            with torch.cuda.stream(self._stream):  # without one: no change of stream
+                self._ahead = [self._to_device(batch) for batch in itertools.islice(self._batches, 1)]
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            self.prefetch()
+            if not self._ahead:
+                return
+            batch = self._ahead.pop()
+            if self._stream is not None:
+                current = torch.cuda.current_stream(self.device)
+                current.wait_stream(self._stream)
+                for leaf in tree_leaves(batch):
+                    if isinstance(leaf, Tensor):
+                        leaf.record_stream(current)  # or the next copy might take its memory too early
+            yield batch
 
 
 # --------------------------------------------------------------------------------------------------
@@ -434,6 +473,9 @@ def _launch(options: RunOptions, purge_step: int | None) -> Any:
         precision="32-true" if options.precision == "32" else options.precision,
         loggers=TensorBoardLogger(options.out, name="tensorboard", version="", purge_step=purge_step),
     )
+    if options.precision == "bf16-mixed":
+        # Fabric would round the batch itself to bfloat16, and a drawing's offsets to a digit or two
+        fabric.strategy.precision.convert_input = lambda data: data  # type: ignore[method-assign]
     fabric.launch()
     return fabric
 
@@ -464,12 +506,9 @@ class _Passes:
         loop = self.loop
         counted = [] if self._passes == 0 else [buffer.clone() for buffer in loop.method.buffers()]
         self._passes += 1
-        loop.method.zero_grad(set_to_none=True)
-        losses = loop.module.loss(self.batch, loop.step, **options)
-        loop.fabric.backward(losses["loss"])
+        values = (loop.graphed or loop.gradient)(self.batch, loop.step, **options)
         if counted:
             self._put_back(loop.method.buffers(), counted)
-        values = {name: value.detach() for name, value in losses.items()}
         self._unread.append(values)
         return values
 
@@ -497,7 +536,9 @@ class _Passes:
         named = [item for losses in passes for item in losses.items()]
         device = self.loop.device
         tensors = [value.to(device, torch.float32) for value in (*(v for _, v in named), norm)]
-        *numbers, self.norms[norm_name] = torch.stack(tensors).tolist()
+        together = torch.stack(tensors)
+        self.loop.stream.prefetch()
+        *numbers, self.norms[norm_name] = together.tolist()  # waits for the GPU
         bad = not math.isfinite(self.norms[norm_name])
         for (name, _), number in zip(named, numbers, strict=True):
             self.losses.setdefault(name, number)
@@ -527,6 +568,7 @@ class _Loop:
         self.device: torch.device = fabric.device
         _seed_all(options.seed, device=self.device)
         self.method = kind(config)
+        captures = self._is_captured(name)
         samples = self.method.train_data(data)
         self.samples = len(samples)  # type: ignore[arg-type]
         skipped = getattr(samples, "skipped", None)  # a count, or counts by reason
@@ -550,6 +592,7 @@ class _Loop:
             },
             "world_size": fabric.world_size,
             "parameters": sum(p.numel() for p in self.method.parameters()),
+            "cuda_graph": captures,
             "versions": versions(),
             "git": git_revision(),
         }
@@ -562,11 +605,30 @@ class _Loop:
         optimizers = optimizers if self.several else [optimizers]
         self.module, *self.optimizers = fabric.setup(self.method, *optimizers)
         self.module.mark_forward_method("loss")
+        #: `gradient` by replays of a CUDA graph
+        self.graphed: GraphedGradient | None = None
+        if captures:
+            self.graphed = GraphedGradient(self.method, self.gradient, CudaCapture(self.device))
         # each rank draws its own noise from here on
         _seed_all(options.seed, fabric.global_rank, device=self.device)
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.seconds = 0.0
         self.last: dict[str, float] = {}
+
+    def _is_captured(self, name: str) -> bool:
+        """Whether steps are replayed from a CUDA graph; ValueError where they must be and cannot."""
+        wish, reason = self.options.cuda_graph, ""
+        if wish == "off":
+            return False
+        if not CudaCapture.works_on(self.device):
+            reason = f"training is on {self.device.type}"
+        elif self.fabric.world_size > 1:  # the reduction over ranks would have to be captured too
+            reason = f"training is on {self.fabric.world_size} ranks"
+        elif self.method.graph_key(0) is None:
+            reason = f"a step of {name} with these settings cannot be captured"
+        if reason and wish == "on":
+            raise ValueError(f"cuda_graph must be auto or off where {reason}, got 'on'")
+        return not reason
 
     def make_ready(self) -> None:
         """Let the method prepare what it trains from, once a run; later ranks and resumes take the file."""
@@ -655,12 +717,13 @@ class _Loop:
 
     def run(self) -> TrainSummary:
         self._open_folder()
+        self.stream = self._batches_ahead()
         progress = _Progress(self.step, self.config.steps, self.fabric.is_global_zero)
         self.module.train()
         try:
             with _StopSignals() as signals:
                 began = time.monotonic() - self.seconds
-                for batch in self._stream():
+                for batch in self.stream:
                     stop = self._step(batch, signals.asked)
                     self.seconds = time.monotonic() - began
                     progress.update(self.step, self.last["loss"], self.skipped)
@@ -675,7 +738,7 @@ class _Loop:
             self.step, self.skipped, self.skipped_files, self.samples, round(self.seconds, 3), self.last
         )
 
-    def _stream(self) -> Iterator[Any]:
+    def _batches_ahead(self) -> _DeviceBatches:
         """This rank's batches from the data position on, on the device."""
         workers = self.options.workers
         if workers < 0:
@@ -689,8 +752,15 @@ class _Loop:
             generator=torch.Generator(),  # else the loader draws its seed from the run's own generator
             prefetch_factor=4 if workers else None,
         )
-        for batch in loader:
-            yield self.fabric.to_device(batch)
+        return _DeviceBatches(loader, self.fabric.to_device, self.device)
+
+    def gradient(self, batch: Any, step: int, **options: Any) -> dict[str, Tensor]:
+        """The losses, detached, and their gradient in `.grad`; what a CUDA graph captures."""
+        self.method.zero_grad(set_to_none=True)
+        with self.fabric.autocast():  # on one rank Fabric calls `loss` without it
+            losses = self.module.loss(batch, step, **options)
+        self.fabric.backward(losses["loss"])
+        return {name: value.detach() for name, value in losses.items()}
 
     def _step(self, batch: Any, stop: bool) -> bool:
         """One training step, skipped where a loss or gradient is not finite; True if any rank is to stop."""

@@ -430,6 +430,23 @@ def test_bf16_trains(tmp_path):
     assert all(v.dtype != torch.bfloat16 for v in weights(tmp_path, 30)["model"].values())
 
 
+def test_bf16_leaves_the_batch_as_it_is(tmp_path, monkeypatch):
+    original, seen = Toy.loss, []
+
+    def recording(self, batch, step):
+        losses = original(self, batch, step)
+        seen.append((batch["image"], self.body[:2](batch["image"]).dtype, losses["loss"].dtype))
+        return losses
+
+    monkeypatch.setattr(Toy, "loss", recording)
+    run_toy(tmp_path, steps=1, options={"precision": "bf16-mixed"})
+    [(image, inside, loss)] = seen
+    assert image.dtype == torch.float32
+    assert not torch.equal(image, image.bfloat16().float())
+    assert inside == torch.bfloat16
+    assert loss == torch.float32
+
+
 # --- several passes a step --------------------------------------------------------------------------------
 
 

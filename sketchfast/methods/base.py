@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -123,6 +123,8 @@ class Method(nn.Module):
         #: a loss over the global batch calls this on its rows [b, ...] and gets all ranks' rows [B, ...],
         #: with gradient; the loop puts `train.gather_rows` here when it runs over ranks
         self.gather_rows: Callable[[Tensor], Tensor] = _own_rows
+        #: what `scheduled` returns in a CUDA graph; the loop puts it here while it captures one
+        self.held_schedule: dict[str, Tensor] | None = None
 
     @classmethod
     def preset(cls, name: str) -> TrainConfig:
@@ -140,6 +142,30 @@ class Method(nn.Module):
     def loss(self, batch: Any, step: int) -> dict[str, Tensor]:
         """The batch's losses: `loss` is the one to minimise, the others are logged beside it."""
         raise NotImplementedError
+
+    def schedule(self, step: int) -> dict[str, float]:
+        """What `loss` takes from the number of the step, by name; it reads it from `scheduled`."""
+        return {}
+
+    def scheduled(self, step: int) -> dict[str, Tensor]:
+        """`schedule(step)` as float32 scalars on the parameters' device.
+
+        In a CUDA graph they are the same scalars at each replay, written anew before it.
+        """
+        if self.held_schedule is not None:
+            return self.held_schedule
+        device = next(self.parameters()).device
+        return {name: torch.full((), value, device=device) for name, value in self.schedule(step).items()}
+
+    def graph_key(self, step: int) -> Hashable:
+        """All that `loss` decides on the host at `step`; None where it cannot be captured in a CUDA graph.
+
+        Each new key is captured once and replayed after. A method that gives one promises that its `loss`
+        * takes from `step` nothing but this key and what is in `scheduled(step)`,
+        * waits for no value on the device and sends none there, and returns scalars on the device,
+        * changes tensors in place alone, and draws random numbers from torch's generator on the device.
+        """
+        return None
 
     def optimizer(self) -> tuple[Any, Any]:
         """The paper's optimiser and, stepped once a training step, its schedule or None.

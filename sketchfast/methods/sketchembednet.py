@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -539,9 +540,15 @@ class SketchEncoder(Method):
     def count_step(self, step: int) -> None:
         """Note that training step `step`, counted from 0, was taken."""
         if self.training:
-            self.steps_trained.fill_(step + 1)
+            self.steps_trained.copy_(self.scheduled(step)["steps_trained"])
 
     # ---- training ------------------------------------------------------------------------------------------
+
+    def schedule(self, step: int) -> dict[str, float]:
+        return {"steps_trained": step + 1}
+
+    def graph_key(self, step: int) -> Hashable:
+        return "same each step"
 
     def optimizer(self) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         """Adam, its rate decaying continuously by lr_decay each lr_decay_steps."""
@@ -652,6 +659,16 @@ class SketchEmbedNet(SketchEncoder):
             config.alpha_max, config.alpha_step * ((step + 1) // config.share_of_steps("alpha_interval"))
         )
 
+    def schedule(self, step: int) -> dict[str, float]:
+        return {**super().schedule(step), "alpha": self.alpha(step)}
+
+    def graph_key(self, step: int) -> Hashable:
+        return self.has_pixel_loss(step)
+
+    def has_pixel_loss(self, step: int) -> bool:
+        """Whether the pixel loss is part of the loss at `step`."""
+        return self.alpha(step) > self.config.pixel_loss_above
+
     def loss(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """L = L_pen + (1 - alpha) L_stroke + alpha L_pixel (Eq. 2), each a mean over batch and time.
 
@@ -666,12 +683,12 @@ class SketchEmbedNet(SketchEncoder):
         pen = F.cross_entropy(predicted.pen_logits.flatten(0, 1), target[..., 2:].argmax(-1).flatten())
         live = 1 - target[..., 4]
         stroke = -(mixture.log_likelihood(predicted, target[..., :2]) * live).mean()
-        alpha = self.alpha(step)
+        alpha = self.scheduled(step)["alpha"]
         losses = {"loss": pen + (1 - alpha) * stroke, "pen": pen, "stroke": stroke}
-        if alpha > self.config.pixel_loss_above:
+        if self.has_pixel_loss(step):
             losses["pixel"] = self.pixel_loss(predicted, batch)
             losses["loss"] = losses["loss"] + alpha * losses["pixel"]
-        losses["alpha"] = torch.tensor(alpha)
+        losses["alpha"] = alpha
         self.count_step(step)
         return losses
 
