@@ -246,7 +246,7 @@ def _x_products(
     products: Products, w: _Operands, x: Tensor, base: Tensor | None, main: Tensor, hyper: Any
 ) -> None:
     """x [S, B, I] times its weights, plus `base`, into main [S, B, 4H] and hyper [S, B, 4Hh] or None."""
-    rows = x.reshape(-1, w.inputs)
+    rows = x.reshape(x.shape[0] * x.shape[1], w.inputs)
     parts = [(w.weight_ih, main, slice(0, w.main_gates))]
     if hyper is not None:
         parts.append((w.hyper_weight_x, hyper, slice(w.main_gates, w.gates)))
@@ -501,7 +501,7 @@ class _Backward:
     def _gather_weights(self, start: int, count: int) -> None:
         """The span's part of the other weights' gradients, and those of x."""
         w, inputs, add = self.w, self.inputs, self.products.accumulate
-        x = self.x[start : start + count].to(self.dtype).reshape(-1, inputs)
+        x = self.x[start : start + count].to(self.dtype).reshape(count * self.batch, inputs)
         before = self.out[start - 1] if start else self.h
         hidden_before = _shifted(self.out[start : start + count], before, self.dtype)
         hyper_before = _shifted(self.hypers[:count], self.hyper_hiddens[start // self.chunk], self.dtype)
@@ -522,7 +522,7 @@ class _Backward:
             main_base += self.grad_x_main[:count].sum(0, dtype=self.accumulate)
             hyper_base += self.grad_gates[:count].sum(0, dtype=self.accumulate)
         if self.needs_x:
-            grad_x = self.grad_x[start : start + count].view(-1, inputs)
+            grad_x = self.grad_x[start : start + count].view(count * self.batch, inputs)
             found = grad_x if grad_x.dtype == self.dtype else torch.empty_like(x)
             self.products.mm(x_mains, w.weight_ih, found)
             self.products.mm(gates, w.hyper_weight_x, found, add=True)
