@@ -582,7 +582,7 @@ class Head(NamedTuple):
 
 
 class GridRow(NamedTuple):
-    """A row of images [S, S] in [0, 1], ink = 1; a str between them is a sign, such as "+"; None is empty."""
+    """A row of images in [0, 1], ink [S, S] or RGB [S, S, 3]; a str is a sign, such as "+"; None is empty."""
 
     cells: Sequence[NDArray[np.floating[Any]] | str | None]
     label: str = ""
@@ -599,7 +599,7 @@ def grid_picture(
     side: int = 84,
     gaps: Sequence[int] = (),
 ) -> bytes:
-    """A PNG of rows of small ink images, dark on white.
+    """A PNG of rows of small images, ink dark on white.
 
     Args:
         rows: with as many cells each, signs in the same columns.
@@ -657,7 +657,7 @@ def grid_picture(
                 middle = (left + cell_width / 2, y + side / 2)
                 draw.text(middle, cell, fill=common.INK, font=common._font(24), anchor="mm")
             elif cell is not None:
-                picture.paste(_ink_cell(cell, side), (left, y))
+                picture.paste(_image_cell(cell, side), (left, y))
         y += side + gap
     return common._png(picture)
 
@@ -685,11 +685,12 @@ def _spans(heads: Sequence[Head], lefts: Sequence[int], widths: Sequence[int]) -
     return found
 
 
-def _ink_cell(image: NDArray[np.floating[Any]], side: int) -> Any:
-    """Ink as dark on white, scaled smoothly to the cell, in a thin frame."""
+def _image_cell(image: NDArray[np.floating[Any]], side: int) -> Any:
+    """An image scaled smoothly to the cell, ink as dark on white, in a thin frame."""
     from PIL import Image, ImageDraw
 
-    pixels = ((1 - np.nan_to_num(image).clip(0, 1)) * 255).round().astype(np.uint8)
+    shown = image if image.ndim == 3 else 1 - image
+    pixels = (np.nan_to_num(shown).clip(0, 1) * 255).round().astype(np.uint8)
     cell = Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC).convert("RGB")
     ImageDraw.Draw(cell).rectangle((0, 0, side - 1, side - 1), outline=(205, 205, 205))
     return cell

@@ -48,6 +48,7 @@ _ANY_LENGTH = 1 << 30
 _UNSEEN_INSTANCES = range(1000, 1004)
 """of the procedural data: training takes instances from 0 on"""
 
+#: ink [N, S, S], ink = 255, or photos [N, S, S, 3]
 Images = NDArray[np.uint8]
 
 
@@ -98,12 +99,15 @@ def render_sketches(network: SketchEncoder, sketches: Sequence[Sketch]) -> Image
 
 @torch.no_grad()
 def encode_images(network: SketchEncoder, images: Images) -> tuple[Tensor, Tensor]:
-    """Mean and log variance, each [N, D] on the network's device, of ink images [N, S, S], ink = 255."""
+    """Mean and log variance, each [N, D] on the network's device, of ink or photos.
+
+    A network of photos sees ink as a photo of it, dark on white; one of ink sees a photo's darkness.
+    """
     parts = []
     for start in range(0, len(images), _BATCH):
-        ink = torch.from_numpy(images[start : start + _BATCH]).to(_device(network))[:, None].float() / 255
-        # a network of photos takes sketches as photos of them, dark on white
-        seen = (1 - ink).expand(-1, 3, -1, -1) if network.takes_colour else ink
+        given = torch.from_numpy(images[start : start + _BATCH]).to(_device(network)).float() / 255
+        photos = given.permute(0, 3, 1, 2) if given.dim() == 4 else 1 - given[:, None].expand(-1, 3, -1, -1)
+        seen = photos if network.takes_colour else 1 - photos.mean(dim=1, keepdim=True)
         parts.append(network.encode(network.fit_images(seen)))
     means, log_variances = zip(*parts, strict=True)
     return torch.cat(means), torch.cat(log_variances)
@@ -119,12 +123,14 @@ def _vectors(codes: Tensor) -> NDArray[np.float32]:
 
 @torch.no_grad()
 def generate_images(network: SketchEncoder, z: Tensor, *, temperature: float, seed: int) -> Images:
-    """Pictures [N, S, S], ink = 255, decoded from codes [N, D]."""
-    pictures = network.generate(z, temperature=temperature, seed=seed)
-    return (pictures.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    """Pictures decoded from codes [N, D]: ink, or photos where the decoder makes such."""
+    pictures = network.generate(z, temperature=temperature, seed=seed).float().clamp(0, 1)
+    pictures = pictures.permute(0, 2, 3, 1) if pictures.dim() == 4 else pictures
+    return (pictures * 255).round().to(torch.uint8).cpu().numpy()
 
 
-def _ink(images: Images) -> NDArray[np.float64]:
+def _unit(images: Images) -> NDArray[np.float64]:
+    """In [0, 1], as pictures are made of them."""
     return images / 255
 
 
@@ -264,7 +270,7 @@ def arrangement(
     ]
     picture = probes.arrangement_picture(
         found,
-        [_ink(render_sketches(networks[list(networks)[-1]], sketches)) for sketches in firsts],
+        [_unit(render_sketches(networks[list(networks)[-1]], sketches)) for sketches in firsts],
         panels,
         title=f"Arrangement of components: UMAP of embeddings, one dot a drawing, {data.name}",
     )
@@ -338,7 +344,7 @@ def spatial(
             panels[name].append(probes.Panel(plane, f"R² {explained:.2f}, axis ρ {along:.2f}"))
     picture = probes.spatial_picture(
         found,
-        [_ink(render_sketches(networks[list(networks)[-1]], _spread(probe.sketches, 5))) for probe in found],
+        [_unit(render_sketches(networks[list(networks)[-1]], _spread(probe.sketches, 5))) for probe in found],
         panels,
         title=f"Spatial variables: UMAP of embeddings, one dot a drawing, {data.name}",
     )
@@ -431,10 +437,10 @@ def composition(
             judgement = judged[name].judge(network, drawn, plain, triple)
             rows.append({"triple": triple.text(), "network": name, **judgement})
             if not shown_cells:
-                whole, less, more = map(_ink, images)
+                whole, less, more = map(_unit, images)
                 for parts in zip(whole, less, more, range(min(shown, examples)), strict=False):
                     shown_cells.append([parts[0], "-", parts[1], "+", parts[2], "="])
-            for cells, picture in zip(shown_cells, _ink(drawn), strict=False):
+            for cells, picture in zip(shown_cells, _unit(drawn), strict=False):
                 cells.append(picture)
         blocks.append(shown_cells)
     picture = _composition_picture(
@@ -647,7 +653,7 @@ def drawings(
                 drawn[name if temperature is None else f"{name}\ntemperature {temperature:g}"] = pictures
         headings = [probes.Head(group.capitalize(), columns)]
         for label, pictures in drawn.items():
-            cells = [*_ink(pictures[:columns]), *[None] * (columns - len(pictures))]
+            cells = [*_unit(pictures[:columns]), *[None] * (columns - len(pictures))]
             grid.append(probes.GridRow(cells, label, headings if label == "input" else []))
     picture = probes.grid_picture(grid, title=f"Images and what is drawn of them: {data.name}")
     note = (
@@ -683,12 +689,24 @@ def _groups(
         for group, names in (("seen classes", seen), ("unseen classes", unseen)):
             if names:
                 picked = _pick(everything, names, config, count, seed)
-                groups[group] = render_sketches(network, _sketches(picked))
+                groups[group] = _inputs(network, data, picked)
     if omniglot is not None:
         groups["omniglot's evaluation characters"] = _omniglot_images(
             omniglot, network.config.image_size, count, seed
         )
     return groups
+
+
+def _inputs(network: SketchEncoder, data: DataSpec, drawings: StrokeDataset) -> Images:
+    """What the network sees of drawings: their photos if it was trained on photos and the data has them."""
+    if not network.takes_colour:
+        return render_sketches(network, _sketches(drawings))
+    from .sketchembednet import PHOTO_DATA, read_photos
+
+    if data.name not in PHOTO_DATA:
+        return render_sketches(network, _sketches(drawings))
+    with_photo, photos = read_photos(data, drawings, network.config.image_size)
+    return photos[with_photo.extra["photo"]].transpose(0, 2, 3, 1)
 
 
 def _seen_facts(data: DataSpec) -> str:
@@ -786,35 +804,24 @@ def one_shot(
         f"of a character, mean over pixels in [0, 1]; ours, the paper has the picture alone. {samples} "
         "samples a character, of codes z ~ N(mean, deviation) with the most likely points, or of points from "
         "z = mean. "
-        f"{_trained_on(data, networks)} {_facts(networks)}"
+        f"{_trained_on(networks)} {_facts(networks)}"
     )
     return [Table("One-shot generation: omniglot", rows, note, {"Support images and samples": picture})]
 
 
-def _trained_on(data: DataSpec, networks: Mapping[str, SketchEncoder]) -> str:
-    """Whether the networks were trained on `data`, told by how many drawings of how many classes it gives."""
-    if data.name == "omniglot":
-        return (
-            "Omniglot's strokes are given out for background characters alone: whatever the training data, "
-            "none of the characters here was trained on. The paper's network saw no Omniglot."
-        )
-    counts: dict[Any, tuple[int, int]] = {}
-    told = []
-    for name, network in networks.items():
-        config = network.config
-        selection = tuple(getattr(config, field) for field in _SELECTING)
-        if selection not in counts:
-            everything = read_drawings(data, config.drawings_per_class or None)
-            seen, _ = split_classes(everything.class_names, config.held_out_classes, config.split_seed)
-            usable = usable_drawings(everything, seen, config)
-            counts[selection] = (len(usable), len(np.unique(usable.labels)))
-        same = counts[selection] == (int(network.training_drawings), int(network.training_classes))
-        told.append(f"{name}: trained on {'' if same else 'other data than '}{data.name}.")
-    return " ".join([*told, "The paper's network saw no Omniglot."])
-
-
-#: the settings that say which drawings of a data set are trained on
-_SELECTING = ("drawings_per_class", "held_out_classes", "split_seed", "max_length", "simplify_tolerance")
+def _trained_on(networks: Mapping[str, SketchEncoder]) -> str:
+    """What the networks were trained on, and what that means for Omniglot's evaluation characters."""
+    told = [
+        f"{name}: trained on {network.trained_on or 'data not recorded'}."
+        for name, network in networks.items()
+    ]
+    return " ".join(
+        [
+            *told,
+            "Omniglot's strokes are given out for background characters alone: none of the characters here "
+            "can have been trained on. The paper's network saw no Omniglot.",
+        ]
+    )
 
 
 def _code_sampler(
