@@ -706,7 +706,8 @@ def _inputs(network: SketchEncoder, data: DataSpec, drawings: StrokeDataset) -> 
     if data.name not in PHOTO_DATA:
         return render_sketches(network, _sketches(drawings))
     with_photo, photos = read_photos(data, drawings, network.config.image_size)
-    return photos[with_photo.extra["photo"]].transpose(0, 2, 3, 1)
+    each_once = list(dict.fromkeys(with_photo.extra["photo"].tolist()))
+    return photos[each_once].transpose(0, 2, 3, 1)
 
 
 def _seen_facts(data: DataSpec) -> str:
