@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,16 +23,16 @@ from ..evaluate import probes
 from ..ops._contract import check_integer, check_number
 from .base import DataSpec, Method, Table
 from .sketchembednet import (
+    PHOTO_DATA,
+    SketchEncoder,
     StrokeBatch,
     StrokeBatches,
     read_drawings,
+    read_photos,
     split_classes,
     training_facts,
     usable_drawings,
 )
-
-if TYPE_CHECKING:
-    from .sketchembednet import SketchEncoder
 
 #: class name of a network -> its name in the paper's tables, in their order
 NETWORKS = {"ConvVAE": "Conv-VAE", "Contrastive": "Contrastive", "SketchEmbedNet": "SketchEmbedNet"}
@@ -699,11 +699,7 @@ def _groups(
 
 def _inputs(network: SketchEncoder, data: DataSpec, drawings: StrokeDataset) -> Images:
     """What the network sees of drawings: their photos if it was trained on photos and the data has them."""
-    if not network.takes_colour:
-        return render_sketches(network, _sketches(drawings))
-    from .sketchembednet import PHOTO_DATA, read_photos
-
-    if data.name not in PHOTO_DATA:
+    if not network.takes_colour or data.name not in PHOTO_DATA:
         return render_sketches(network, _sketches(drawings))
     with_photo, photos = read_photos(data, drawings, network.config.image_size)
     each_once = list(dict.fromkeys(with_photo.extra["photo"].tolist()))
@@ -813,7 +809,7 @@ def one_shot(
 def _trained_on(networks: Mapping[str, SketchEncoder]) -> str:
     """What the networks were trained on, and what that means for Omniglot's evaluation characters."""
     told = [
-        f"{name}: trained on {network.trained_on or 'data not recorded'}."
+        f"{name}: trained on {getattr(network, 'trained_on', None) or 'data not recorded'}."
         for name, network in networks.items()
     ]
     return " ".join(
@@ -854,3 +850,5 @@ FIGURE_PROTOCOLS: dict[str, Callable[..., list[Table]]] = {
     "spatial": spatial,
     "one_shot": one_shot,
 }
+
+SketchEncoder.protocols = {**SketchEncoder.protocols, **FIGURE_PROTOCOLS}
