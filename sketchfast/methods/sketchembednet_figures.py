@@ -220,7 +220,9 @@ def arrangement(
     Args:
         method, untrained: the trained network, and one of the same config with fresh weights.
         data: its classes named as the shapes are the components, where it has them; else drawn by rule.
-        conv_vae, contrastive, sketchembednet: runs to stand beside it.
+        conv_vae: folder of a run of conv_vae to stand beside it.
+        contrastive: folder of a run of contrastive to stand beside it.
+        sketchembednet: folder of a run of sketchembednet, where the run evaluated is of another method.
         shapes: the two components, classes of the data or of circle, square, triangle.
         most: the largest number of components.
         examples: scenes of each arrangement.
@@ -308,7 +310,9 @@ def spatial(
     Args:
         method, untrained: the trained network, and one of the same config with fresh weights.
         data: its classes named as the shapes are the components, where it has them; else drawn by rule.
-        conv_vae, contrastive, sketchembednet: runs to stand beside it.
+        conv_vae: folder of a run of conv_vae to stand beside it.
+        contrastive: folder of a run of contrastive to stand beside it.
+        sketchembednet: folder of a run of sketchembednet, where the run evaluated is of another method.
         shapes: the two components, classes of the data or of circle, square, triangle.
         examples: scenes a variable, at evenly spaced values.
         neighbours: UMAP's n_neighbors; the paper does not say its own, 15 is the package's default.
@@ -401,7 +405,8 @@ def composition(
     Args:
         method, untrained: the trained network; the untrained one is not asked.
         data: the classes of the triples; circle, square and triangle are drawn by rule where it lacks them.
-        conv_vae, sketchembednet: runs to stand beside it.
+        conv_vae: folder of a run of conv_vae to stand beside it.
+        sketchembednet: folder of a run of sketchembednet, where the run evaluated is of another method.
         triples: such as "snowman - circle + square"; by default those of four whose classes the data has.
         examples: compositions of each triple that are measured.
         shown: of these, how many the picture shows.
@@ -616,7 +621,8 @@ def drawings(
     Args:
         method, untrained: the trained network; the untrained one is not asked.
         data: drawings of its training classes and of those held out; characters, if it is omniglot.
-        conv_vae, sketchembednet: runs to stand beside it.
+        conv_vae: folder of a run of conv_vae to stand beside it.
+        sketchembednet: folder of a run of sketchembednet, where the run evaluated is of another method.
         omniglot: folder that holds omniglot, for images of its evaluation characters.
         temperatures: of the decoder; 0 draws the most likely points.
         images: of each group that are measured.
@@ -736,7 +742,8 @@ def one_shot(
     Args:
         method, untrained: the trained network, not on Omniglot in the paper; the untrained one is not asked.
         data: omniglot, or, with --omniglot, any.
-        conv_vae, sketchembednet: runs to stand beside it.
+        conv_vae: folder of a run of conv_vae to stand beside it.
+        sketchembednet: folder of a run of sketchembednet, where the run evaluated is of another method.
         omniglot: folder that holds omniglot; its published evaluation characters are drawn.
         characters: characters that are measured, an image of each.
         shown: of these, how many the picture shows.
