@@ -17,6 +17,7 @@ HEAVY = [
     "timm",
     "torchvision",
     "sklearn",
+    "umap",
     "matplotlib",
     "PIL",
     "tyro",

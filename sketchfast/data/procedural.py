@@ -108,7 +108,11 @@ def _draw(class_name: str, instance: int, style: int, hand: DrawingStyle, seed: 
         lines = [_closed_line(part, 0.0) for part in parts]
         points, pens = _join(lines)
         return Sketch(_to_canvas(points), pens)
-    rng = _rng(seed, _STREAM_DRAWING, class_name, instance, style)
+    return draw_parts(parts, hand, _rng(seed, _STREAM_DRAWING, class_name, instance, style))
+
+
+def draw_parts(parts: Sequence[Part], hand: DrawingStyle, rng: np.random.Generator) -> Sketch:
+    """The parts of one object as a hand draws them; from 0..100, as parts are, to coordinates in 0..256."""
     order = _stroke_order(parts, hand, rng)
     chances = rng.random((len(parts), 3))
     lines = []

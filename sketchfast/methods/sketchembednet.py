@@ -999,3 +999,6 @@ def training_facts(method: SketchEncoder) -> str:
 
 
 SketchEncoder.protocols = {"fewshot": fewshot}
+
+# what they need is defined above; importing them puts them into SketchEncoder.protocols
+from . import sketchembednet_figures  # noqa: E402, F401
