@@ -117,8 +117,11 @@ def run(case: Case, dtype: torch.dtype, device: str, impl: str, data: torch.dtyp
     leaves = [x, *state, *m.parameters()]
     if case.context:
         names, leaves = [*names, "context"], [*leaves, context]
-    found = torch.autograd.grad(list(values.values()), leaves, grads)
-    values |= {f"grad {name}": grad for name, grad in zip(names, found, strict=True)}
+    # without a step the reference's out depends on nothing
+    outputs, grads = zip(*((v, g) for v, g in zip(values.values(), grads, strict=True) if v.requires_grad))
+    found = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
+    for name, leaf, grad in zip(names, leaves, found, strict=True):
+        values[f"grad {name}"] = torch.zeros_like(leaf) if grad is None else grad
     return {name: value.detach().cpu() for name, value in values.items()}
 
 
