@@ -334,7 +334,7 @@ def test_mistakes_end_in_one_line_and_code_2(run, tmp_path, capfd):
         ("draw", empty, image): "is not a run folder",
         ("draw", run, text): "cannot identify image file",
         ("data", "fetch", "x"): "data has the command prepare",
-        ("data", "prepare", "nothing", empty): "name must be one of omniglot, qmul_v1, qmul_v2",
+        ("data", "prepare", "nothing", empty): "name must be one of mini_imagenet, omniglot, qmul_v1",
         ("data", "prepare", "quickdraw"): "ROOT is missing",
         ("data", "prepare", "quickdraw", empty, "--bogus", "x"): "'--bogus' is not understood",
         (
