@@ -767,7 +767,10 @@ def _classifier(method: SketchEncoder, division: Division, epochs: int, width: i
             ResNet12(1, (width, 2 * width, 4 * width, 8 * width)), nn.Linear(8 * width, division.classes)
         )
     network = network.to(method.offset_scale.device)
-    return train_classifier(network, division.train, division.train_labels, epochs=epochs, seed=seed)
+    batch_size = min(64, max(8, len(division.train) // 16))  # an epoch is 16 steps at least
+    return train_classifier(
+        network, division.train, division.train_labels, epochs=epochs, batch_size=batch_size, seed=seed
+    )
 
 
 @torch.no_grad()
