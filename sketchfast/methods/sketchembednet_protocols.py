@@ -26,12 +26,12 @@ from ..evaluate.linear import linear_accuracy
 from ..evaluate.recognition import recognised, train_classifier
 from ..models.encoders import ResNet12
 from ..ops._contract import check_integer, check_number
-from . import base
 from . import sketchembednet as networks_module
 from .base import DataSpec, Method, Table
 from .sketchembednet import (
     SketchEncoder,
     held_out_images,
+    held_out_photos,
     rendered_images,
     split_classes,
     training_facts,
@@ -173,11 +173,9 @@ def _embed(network: SketchEncoder, images: NDArray[np.uint8]) -> NDArray[np.floa
 
     A network of photos sees ink as a photo of it, dark on white; one of ink sees a photo's darkness.
     """
-    if not network.takes_colour:
-        ink = images if images.ndim == 3 else 255 - images.mean(axis=3).round().astype(np.uint8)
-        return networks_module.embed_images(network, ink)
-    photos = images if images.ndim == 4 else np.repeat(255 - images[..., None], 3, axis=3)
-    return base.embed_images(network, photos)
+    if images.ndim == 4 and not network.takes_colour:
+        images = 255 - images.mean(axis=3).round().astype(np.uint8)
+    return networks_module.embed_images(network, images)
 
 
 def _check_same_split(networks: Mapping[str, SketchEncoder], method: SketchEncoder, data: DataSpec) -> None:
@@ -225,7 +223,7 @@ def fewshot(
     Args:
         method, untrained: the trained network, and one of the same config with fresh weights.
         data: omniglot or mini_imagenet (their images, as in the paper), or any stroke data (its held-out
-            classes, rendered).
+            classes, rendered; to a network that takes colour their photos).
         conv_vae, contrastive, sketchembednet: runs to stand beside it.
         episodes: per column, the same for all networks; None is a quick 600, and 1000 on mini-ImageNet as the
             authors take; theirs for Omniglot are 2000.
@@ -322,6 +320,10 @@ def _fewshot_images(
         what = f"mini-ImageNet, {split}"
         if split == "test" and (others := set(images.class_names) - set(TEST_CLASSES)):
             what += f" ({len(others)} of its {len(images.class_names)} classes not in the published split's)"
+    elif method.takes_colour:
+        _check_same_split(networks, method, data)
+        images = held_out_photos(method, data, per_class, seed)
+        what = f"photos of held-out classes of {data.name}"
     else:
         _check_same_split(networks, method, data)
         images = held_out_images(method, networks_module.read_drawings(data), per_class, seed)
