@@ -305,25 +305,50 @@ def _keyword_flags(function: Callable[..., Any]) -> type:
     import docstring_parser
     import tyro
 
+    from .methods.base import Method
+
+    folders: dict[Any, Any] = {Method | None: Path | None, tuple[Method, ...]: tuple[Path, ...]}
     documented = docstring_parser.parse(inspect.getdoc(function) or "").params
     text = {param.arg_name: param.description for param in documented}
     hints = typing.get_type_hints(function)
     fields: list[Any] = []
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
-            kind = Path | None if name in _run_flags(function) else hints[name]
+            kind = folders.get(hints[name], hints[name])
             flag = typing.Annotated[kind, tyro.conf.arg(help=text.get(name))]  # type: ignore[valid-type]
             fields.append((name, flag, dataclasses.field(default=parameter.default)))
     return dataclasses.make_dataclass("Protocol", fields, frozen=True)
 
 
-def _run_flags(function: Callable[..., Any]) -> set[str]:
+def _load_runs(function: Callable[..., Any], flags: dict[str, Any], run: Path, device: Any) -> dict[str, Any]:
     """The protocol's arguments that are other runs: on the command line their folders."""
     import typing
 
     from .methods.base import Method
+    from .runs import load_method
 
-    return {name for name, hint in typing.get_type_hints(function).items() if hint == (Method | None)}
+    loaded: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(function).items():
+        if not flags.get(name):
+            continue
+        if hint == (Method | None):
+            loaded[name] = load_method(flags[name])[0].to(device)
+        elif hint == tuple[Method, ...]:
+            loaded[name] = tuple(
+                load_method(folder)[0].to(device)
+                for folder in _run_folders(flags[name])
+                if folder.resolve() != run.resolve()
+            )
+    return loaded
+
+
+def _run_folders(paths: Iterable[Path]) -> list[Path]:
+    """The run folders named, and those in the folders named, in order."""
+    found: list[Path] = []
+    for path in paths:
+        inside = [] if (path / "config.json").exists() else sorted(path.glob("*/config.json"))
+        found += [file.parent for file in inside] or [path]
+    return found
 
 
 def _evaluate(run: Path, name: str, data: DataSpec, flags: dict[str, Any], accelerator: str) -> list[Table]:
@@ -346,9 +371,7 @@ def _evaluate(run: Path, name: str, data: DataSpec, flags: dict[str, Any], accel
     if (start := read_start(run)) is not None:
         untrained.start_from(start)
     protocol = type(method).protocols[name]
-    loaded = {
-        flag: load_method(flags[flag])[0].to(device) for flag in _run_flags(protocol) if flags.get(flag)
-    }
+    loaded = _load_runs(protocol, flags, run, device)
     tables = protocol(method, untrained, data, **{**flags, **loaded})
     stored = read_results(run).get("evaluations", {})
     stored[f"{name} on {data.name}"] = {

@@ -123,7 +123,7 @@ def _facts(settings: Mapping[str, Any], training: Mapping[str, Any]) -> list[tup
 
 
 def _evaluation(run: Path, name: str, value: Mapping[str, Any]) -> dict[str, Any]:
-    flags = ", ".join(f"{k} {v}" for k, v in value.get("flags", {}).items())
+    flags = ", ".join(f"{k} {v}" for k, v in value.get("flags", {}).items() if v not in (None, [], ()))
     data = value["data"]["name"] + (f" in {value['data']['root']}" if value["data"].get("root") else "")
     about = f"checkpoint of step {value['step']:,}, data {data}" + (f", {flags}" if flags else "")
     return {"name": name, "about": about, "tables": [_table(run, table) for table in value["tables"]]}

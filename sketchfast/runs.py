@@ -230,6 +230,7 @@ def load_method(run: Path) -> tuple[Method, int]:
     kind = get_method(settings["method"])
     method = kind(config_from_json(kind.Config, settings["config"]))
     method.load_state_dict(found[1]["model"])
+    method.trained_on = settings["data"]["name"]
     return method.eval(), found[1]["step"]
 
 

@@ -334,7 +334,7 @@ def test_mistakes_end_in_one_line_and_code_2(run, tmp_path, capfd):
         ("draw", empty, image): "is not a run folder",
         ("draw", run, text): "cannot identify image file",
         ("data", "fetch", "x"): "data has the command prepare",
-        ("data", "prepare", "nothing", empty): "name must be one of omniglot, qmul_v1, qmul_v2",
+        ("data", "prepare", "nothing", empty): "name must be one of mini_imagenet, omniglot, qmul_v1",
         ("data", "prepare", "quickdraw"): "ROOT is missing",
         ("data", "prepare", "quickdraw", empty, "--bogus", "x"): "'--bogus' is not understood",
         (
@@ -424,7 +424,8 @@ def test_demo_trains_evaluates_and_reports(demo):
     results = json.loads((demo / "results.json").read_text())
     assert results["training"]["step"] == 3
     rows = results["evaluations"]["fewshot on procedural"]["tables"][0]["rows"]
-    assert all(0 < row["trained"] <= 100 and 0 < row["untrained"] <= 100 for row in rows)
+    assert [row["network"] for row in rows] == ["untrained", "SketchEmbedNet"]
+    assert all(0 < float(row["5-way 1-shot"].split()[0]) <= 100 for row in rows)
     html = (demo / "report.html").read_text()
     assert "sketchembednet on procedural" in html
     assert "untrained" in html

@@ -18,6 +18,8 @@ from .archive import existing_path
 from .cache import file_states, fingerprint, image_cache_path
 from .dataset import StrokeDataset
 from .images import DEFAULT_SIZE, ImageSet, SketchPhotoSet, new_folder
+from .mini_imagenet import SIZE as MINI_IMAGENET_SIZE
+from .mini_imagenet import read_mini_imagenet
 from .omniglot import load_omniglot_strokes
 from .qmul import load_qmul_v2_strokes, read_qmul_v1, read_qmul_v2
 from .quickdraw import load_quickdraw
@@ -33,6 +35,7 @@ READERS: dict[str, Callable[..., StrokeDataset]] = {
     "tuberlin_strokes": load_tuberlin_strokes,
 }
 IMAGE_READERS: dict[str, Callable[..., ImageSet | SketchPhotoSet]] = {
+    "mini_imagenet": read_mini_imagenet,
     "qmul_v1": read_qmul_v1,
     "qmul_v2": read_qmul_v2,
     "sketch_photo": read_sketch_photo,
@@ -41,6 +44,8 @@ IMAGE_READERS: dict[str, Callable[..., ImageSet | SketchPhotoSet]] = {
     "tuberlin": read_tuberlin,
     "tuberlin_extended": read_tuberlin_extended,
 }
+#: Side in pixels where it is not DEFAULT_SIZE.
+IMAGE_SIZES = {"mini_imagenet": MINI_IMAGENET_SIZE}
 
 
 def cache_path(name: str, root: str | Path) -> Path:
@@ -61,8 +66,8 @@ def prepare(
 ) -> tuple[Path, StrokeDataset | ImageSet | SketchPhotoSet]:
     """Read all of the data set `name` in `root` and write the cache; its path and what it holds.
 
-    size: side of the images in pixels, `DEFAULT_SIZE` where None; strokes have none. Images are written as
-    they are decoded, so memory does not grow with the data set.
+    size: side of the images in pixels, `DEFAULT_SIZE` (84 for mini_imagenet) where None; strokes have none.
+    Images are written as they are decoded, so memory does not grow with the data set.
 
     Raises ValueError for an unknown name or a size with strokes, and what the reader raises (a wrong layout
     among it); OSError where the folder cannot be written.
@@ -84,7 +89,7 @@ def _prepare_images(
     name: str, root: Path, size: int | None, progress: bool
 ) -> tuple[Path, ImageSet | SketchPhotoSet]:
     """The cache of an image data set, read back from the disk."""
-    size = check_integer("size", DEFAULT_SIZE if size is None else size, 1)
+    size = check_integer("size", IMAGE_SIZES.get(name, DEFAULT_SIZE) if size is None else size, 1)
     path, before = image_cache_path(name, root, size), fingerprint(root)
     with new_folder(path) as folder:
         images = IMAGE_READERS[name](root, size=size, folder=folder, progress=progress)

@@ -28,7 +28,7 @@ from .images import (
     pair_names,
     read_images,
 )
-from .splits import _words
+from .mini_imagenet import TEST_CLASSES
 from .strokes import Sketch, from_svg, svg_size
 
 #: The rendering that is centred and scaled by nothing; the archive holds others, such as tx_000100000000.
@@ -46,17 +46,8 @@ EXPECTED_STROKES = """  <root>/sketches-06-04/sketches/<class>/n02691156_58-1.sv
 TEST_PHOTOS_FILE = "testset.txt"
 _SKETCH_NAME = re.compile(r"(.+)-\d+")  # <photo>-<number of the sketch>
 _WORDNET_NAME = re.compile(r"(?:.*/)?(n\d{8})_\d+(?:-\d+)?")  # <class>/<WordNet id>_<number of the photo>
-#: The test classes of mini-ImageNet in the split of Ravi and Larochelle (2017).
-_MINI_IMAGENET_TEST = frozenset(
-    _words(
-        """
-        n01930112 n01981276 n02099601 n02110063 n02110341 n02116738 n02129165 n02219486 n02443484 n02871525
-        n03127925 n03146219 n03272010 n03544143 n03775546 n04146614 n04149813 n04418357 n04522168 n07613480
-        """
-    )
-)
-#: What stands above one of them in WordNet and has photos in Sketchy: working dog (malamute is one), guitar
-#: (electric guitar is one). None of Sketchy's ids stands below one.
+#: What stands above a test class of mini-ImageNet in WordNet and has photos in Sketchy: working dog (malamute
+#: is one), guitar (electric guitar is one). None of Sketchy's ids stands below one.
 _ABOVE_MINI_IMAGENET_TEST = frozenset({"n02103406", "n03467517"})
 
 
@@ -120,7 +111,7 @@ def overlaps_mini_imagenet(name: str) -> bool:
     that the photo may show it. A name without an id does not.
     """
     match = _WORDNET_NAME.fullmatch(name)
-    return match is not None and match[1] in _MINI_IMAGENET_TEST | _ABOVE_MINI_IMAGENET_TEST
+    return match is not None and (match[1] in TEST_CLASSES or match[1] in _ABOVE_MINI_IMAGENET_TEST)
 
 
 def read_sketchy(

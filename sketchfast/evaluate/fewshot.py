@@ -11,11 +11,11 @@ from numpy.typing import ArrayLike, NDArray
 
 
 class Accuracy(NamedTuple):
-    """Mean accuracy over episodes, in [0, 1], with its 95% interval."""
+    """Mean accuracy over episodes (or examples), in [0, 1], with its 95% interval."""
 
     mean: float
     half_width: float
-    """1.96 times the standard error of the mean over episodes"""
+    """1.96 times the standard error of the mean over episodes; NaN for one alone"""
     episodes: int
 
     def percent(self) -> str:
@@ -103,7 +103,12 @@ def few_shot_accuracy(
 
         chunks = [drawn[start : start + 50] for start in range(0, len(drawn), 50)]
         scored = Parallel(n_jobs=jobs)(delayed(_accuracies)(vectors, chunk) for chunk in chunks)
-    scores = np.sort(np.concatenate(scored))
+    return mean_accuracy(np.concatenate(scored))
+
+
+def mean_accuracy(scores: NDArray[np.float64]) -> Accuracy:
+    """The mean of independent scores [n] in [0, 1] and its interval; their order does not matter."""
+    scores = np.sort(scores)
     spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else math.nan
     return Accuracy(float(scores.mean()), 1.96 * spread / math.sqrt(len(scores)), len(scores))
 

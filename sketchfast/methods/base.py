@@ -114,12 +114,14 @@ class Method(nn.Module):
     #: protocol name -> function(method, untrained, data, **flags) -> tables; `untrained` has the same
     #: config and fresh weights, or those the run started from where it kept them (`before_training`), so
     #: that each table carries its own baseline. A keyword-only argument is a flag; one annotated
-    #: `Method | None` is on the command line the folder of another run
+    #: `Method | None` is on the command line the folder of another run, `tuple[Method, ...]` of several
     protocols: ClassVar[dict[str, Callable[..., list[Table]]]] = {}
 
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
         self.config = config
+        #: name of the data set the weights were trained on, where `runs.load_method` knows it
+        self.trained_on: str | None = None
         #: a loss over the global batch calls this on its rows [b, ...] and gets all ranks' rows [B, ...],
         #: with gradient; the loop puts `train.gather_rows` here when it runs over ranks
         self.gather_rows: Callable[[Tensor], Tensor] = _own_rows

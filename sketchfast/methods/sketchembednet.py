@@ -9,7 +9,6 @@ says which is the default here.
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,12 +24,11 @@ from .. import nn as sketchnn
 from ..data.dataset import LabelledImages, StrokeDataset, add_counts
 from ..data.quickdraw import class_split
 from ..data.strokes import Sketch, simplify
-from ..evaluate.fewshot import few_shot_accuracy
 from ..models import mixture
 from ..models.encoders import ENCODERS
 from ..ops._contract import check_integer, check_number
 from ..ops.raster import raster_bce, rasterize
-from .base import PRESETS, DataSpec, Method, Table, TrainConfig, sized_rgb
+from .base import PRESETS, DataSpec, Method, TrainConfig, sized_rgb
 
 PEN_DOWN, PEN_UP, PEN_END = 0, 1, 2
 
@@ -795,23 +793,7 @@ class SketchEmbedNet(SketchEncoder):
         }
 
 
-# ---- the paper's protocol ----------------------------------------------------------------------------------
-
-#: Table 1 of the paper, (way, shot) -> accuracy in percent and its 95% interval, Conv4
-PAPER_FEWSHOT = {
-    "SketchEmbedNet": {
-        (5, 1): (96.96, 0.17),
-        (5, 5): (99.50, 0.06),
-        (20, 1): (91.67, 0.14),
-        (20, 5): (98.30, 0.05),
-    },
-    "Random CNN": {
-        (5, 1): (67.96, 0.44),
-        (5, 5): (83.85, 0.31),
-        (20, 1): (44.39, 0.23),
-        (20, 5): (60.87, 0.22),
-    },
-}
+# ---- what the paper's protocols share ----------------------------------------------------------------------
 
 
 def embed_images(
@@ -865,8 +847,12 @@ def held_out_images(
     """Rendered drawings of the classes kept out of training, at most `per_class` of each."""
     config = method.config
     drawings = usable_drawings(drawings, _held_out_names(config, drawings), config)
-    drawings = _at_most(drawings, per_class, seed)
-    batches, images = StrokeBatches(drawings, config.max_length + 1), []
+    return rendered_images(method, _at_most(drawings, per_class, seed))
+
+
+def rendered_images(method: SketchEncoder, drawings: StrokeDataset) -> LabelledImages:
+    """Usable drawings as images [N, S, S] of the network's size, rendered on its device."""
+    batches, images = StrokeBatches(drawings, method.config.max_length + 1), []
     for start in range(0, len(batches), 512):
         batch = batches.strokes(list(range(start, min(start + 512, len(batches)))))
         images.append(
@@ -874,85 +860,6 @@ def held_out_images(
         )
     pixels = (torch.cat(images)[:, 0] * 255).round().to(torch.uint8).numpy()
     return LabelledImages(pixels, drawings.labels, drawings.class_names)
-
-
-def fewshot(
-    method: SketchEncoder,
-    untrained: SketchEncoder,
-    data: DataSpec,
-    *,
-    episodes: int = 600,
-    ways: tuple[int, ...] = (5, 20),
-    shots: tuple[int, ...] = (1, 5),
-    split: str = "vinyals-test",
-    rotations: bool = True,
-    per_class: int = 50,
-    seed: int = 0,
-    jobs: int = 1,
-) -> list[Table]:
-    """Few-shot classification of unseen classes (section 4.2, Table 1), trained against untrained encoder.
-
-    Args:
-        method, untrained: the trained network, and one of the same config with fresh weights.
-        data: omniglot (its images, as in the paper), or any stroke data (its held-out classes, rendered).
-        episodes: per table row, the same for both networks; 600 are a quick default, the authors take 2000.
-        ways: classes of an episode; a number above the classes there are is left out, and the note says so.
-        shots: labelled images of each class; the query is all its others.
-        split: part of Omniglot's characters; the paper's is Vinyals', evaluation is the published one.
-        rotations: whether a character of Omniglot makes four classes, one a quarter turn, as in the paper.
-        per_class: images of each held-out class, for data other than Omniglot.
-        seed: of the episodes.
-        jobs: processes that share the episodes, -1 for all cores; the result does not depend on it.
-    """
-    for name, value in (("episodes", episodes), ("per_class", per_class)):
-        check_integer(name, value, 1)
-    check_integer("seed", seed, 0)
-    for name, values, least in (("ways", ways, 2), ("shots", shots, 1)):
-        if not values:
-            raise ValueError(f"{name} must hold a number, got {values!r}")
-        for value in values:
-            check_integer(name, value, least)
-    if data.name == "omniglot":
-        from ..data.omniglot import load_omniglot
-
-        if data.root is None:
-            raise ValueError("root must be the folder that holds omniglot, got None")
-        images = load_omniglot(data.root, split=split, rotations=rotations, size=method.config.image_size)
-        what = f"Omniglot, {split}{' with rotations as classes' if rotations else ''}"
-    elif method.takes_colour:
-        images = held_out_photos(method, data, per_class, seed)
-        what = f"photos of held-out classes of {data.name}"
-    else:
-        images = held_out_images(method, read_drawings(data), per_class, seed)
-        what = f"held-out classes of {data.name}"
-    vectors = {
-        "trained": embed_images(method, images.images),
-        "untrained": embed_images(untrained, images.images),
-    }
-    counts = np.unique(images.labels, return_counts=True)[1]
-    rows, left_out = [], []
-    for way, shot in itertools.product(ways, shots):
-        if (counts > shot).sum() < way:
-            left_out.append(f"{way}-way {shot}-shot")
-            continue
-        row: dict[str, Any] = {"way": way, "shot": shot}
-        for name, embeddings in vectors.items():
-            accuracy = few_shot_accuracy(
-                embeddings, images.labels, way=way, shot=shot, episodes=episodes, seed=seed, jobs=jobs
-            )
-            row |= {name: round(100 * accuracy.mean, 2), f"{name} ±": round(100 * accuracy.half_width, 2)}
-        if data.name == "omniglot":
-            for name, figures in PAPER_FEWSHOT.items():
-                if (way, shot) in figures:
-                    row[f"paper: {name}"] = "{:.2f} ± {:.2f}".format(*figures[way, shot])
-        rows.append(row)
-    note = (
-        f"Accuracy in percent over {episodes} episodes, 95% intervals; {len(images)} images of "
-        f"{len(counts)} classes."
-    )
-    if left_out:
-        note += f" Not run, for want of classes or images: {', '.join(left_out)}."
-    return [Table(f"Few-shot classification: {what}", rows, f"{note} {training_facts(method)}")]
 
 
 #: What the paper trains on, by channels of the input.
@@ -998,7 +905,5 @@ def training_facts(method: SketchEncoder) -> str:
     return f"{facts} Other sizes: {', '.join(different)}." if different else facts
 
 
-SketchEncoder.protocols = {"fewshot": fewshot}
-
-# what they need is defined above; importing them puts them into SketchEncoder.protocols
-from . import sketchembednet_figures  # noqa: E402, F401
+# what the protocols need is defined above; importing them puts them into SketchEncoder.protocols
+from . import sketchembednet_figures, sketchembednet_protocols  # noqa: E402, F401

@@ -14,6 +14,7 @@ from sketchfast.data import images as images_module
 from sketchfast.data.archive import LayoutError
 from sketchfast.data.cache import image_cache_path
 from sketchfast.data.images import ImageSet, SketchPhotoSet
+from sketchfast.data.mini_imagenet import load_mini_imagenet
 from sketchfast.data.prepare import IMAGE_READERS, load_prepared, prepare
 from sketchfast.data.procedural import CLASSES, photo, procedural_sketch_photo
 from sketchfast.data.qmul import load_qmul_v1, load_qmul_v2
@@ -386,6 +387,7 @@ def test_a_wrong_size_is_refused(tmp_path, size):
 # ---- prepared caches ---------------------------------------------------------------------------------------
 
 LOADERS = {
+    "mini_imagenet": lambda root, **k: load_mini_imagenet(root, split=None, **k),
     "qmul_v1": load_qmul_v1,
     "qmul_v2": load_qmul_v2,
     "sketch_photo": load_sketch_photo,
@@ -403,7 +405,9 @@ def everything() -> dict[str, bytes]:
         "ChairV2/trainB/c.png": picture(3),
         "ChairV2/trainA/c_1.png": picture(4),
     }
-    return sketch_photo_files() | sketchy_files() | EXTENSION | tuberlin_files() | TUBERLIN_PHOTOS | qmul
+    mini = {"train/n01/1.jpg": picture(5, "JPEG"), "test/n02/2.jpg": picture(6, "JPEG")}
+    sketchy = sketchy_files() | EXTENSION
+    return mini | sketch_photo_files() | sketchy | tuberlin_files() | TUBERLIN_PHOTOS | qmul
 
 
 def arrays(data: ImageSet | SketchPhotoSet) -> list[np.ndarray]:
@@ -433,7 +437,8 @@ def test_a_prepared_set_is_mapped_until_its_files_change(tmp_path, monkeypatch, 
         assert isinstance(mapped.images, np.memmap)
         assert not mapped.images.flags.writeable
     uncached = load(root, size=8, cache=False)
-    assert not isinstance((uncached if name == "tuberlin" else uncached.photos).images, np.memmap)
+    photos = uncached if isinstance(uncached, ImageSet) else uncached.photos
+    assert not isinstance(photos.images, np.memmap)
     assert not isinstance(arrays(load(root, size=9))[0], np.memmap)
 
     if zipped:

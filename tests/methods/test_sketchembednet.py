@@ -21,7 +21,6 @@ from sketchfast.methods.sketchembednet import (
     SketchEmbedNetConfig,
     StrokeBatch,
     StrokeBatches,
-    fewshot,
     split_classes,
     stroke5,
     usable_drawings,
@@ -470,63 +469,6 @@ def test_pictures_belong_together_and_leave_the_mode_alone() -> None:
     torch.testing.assert_close(pictures["input"], method.render(batch)[:5, 0])
     assert method.training
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
-
-
-# --- protocol ---------------------------------------------------------------------------------------------
-
-
-def test_fewshot_on_held_out_classes() -> None:
-    method, untrained = make(0, held_out_classes=0.5), make(1, held_out_classes=0.5)
-    method.train_data(DataSpec())
-    (table,) = fewshot(method, untrained, DataSpec(), episodes=4, ways=(3, 20), shots=(1, 2))
-    assert [(row["way"], row["shot"]) for row in table.rows] == [(3, 1), (3, 2)]
-    assert all(0 <= row[name] <= 100 for row in table.rows for name in ("trained", "untrained"))
-    assert "Not run, for want of classes or images: 20-way 1-shot, 20-way 2-shot." in table.note
-    assert (
-        f"Trained 0 steps (paper 300000) on {int(method.training_drawings)} "
-        f"drawings of {int(method.training_classes)} classes" in table.note
-    )
-    assert "hidden_size 16 (paper 1024)" in table.note
-    assert "paper: SketchEmbedNet" not in table.rows[0]  # its figures are for Omniglot
-    (again,) = fewshot(method, method, DataSpec(), episodes=4, ways=(3,), shots=(1,))
-    assert again.rows[0]["trained"] == again.rows[0]["untrained"] == table.rows[0]["trained"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ({"per_class": 0}, "per_class must be at least 1, got 0"),
-        ({"episodes": 0}, "episodes must be at least 1, got 0"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"ways": (5, 1)}, "ways must be at least 2, got 1"),
-        ({"shots": (0,)}, "shots must be at least 1, got 0"),
-        ({"shots": ()}, "shots must hold a number, got \\(\\)"),
-    ],
-)
-def test_fewshot_names_bad_flags(flags: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        fewshot(make(), make(), DataSpec(), **flags)
-
-
-def test_fewshot_needs_held_out_classes() -> None:
-    method = make(held_out_classes=0.0)
-    with pytest.raises(ValueError, match="held_out_classes must leave a class"):
-        fewshot(method, method, DataSpec(), episodes=1)
-    with pytest.raises(ValueError, match="root must be the folder that holds omniglot"):
-        fewshot(method, method, DataSpec("omniglot"), episodes=1)
-
-
-@pytest.mark.skipif(not (DATA / "omniglot").is_dir(), reason=f"no Omniglot in {DATA}")
-def test_fewshot_on_omniglot() -> None:
-    method, untrained = make(0), make(1)
-    data = DataSpec("omniglot", DATA / "omniglot")
-    (table,) = fewshot(
-        method, untrained, data, episodes=3, ways=(5,), shots=(1,), split="vinyals-val", rotations=False
-    )
-    (row,) = table.rows
-    assert row["trained"] > 25  # chance is 20; even random features are above
-    assert row["paper: SketchEmbedNet"] == "96.96 ± 0.17"
-    assert "3440 images of 172 classes" in table.note
 
 
 @pytest.mark.skipif(not (DATA / "quickdraw").is_dir(), reason=f"no QuickDraw in {DATA}")

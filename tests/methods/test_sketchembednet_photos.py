@@ -29,11 +29,11 @@ from sketchfast.methods.sketchembednet import (
     SketchEncoder,
     StrokeBatch,
     embed_images,
-    fewshot,
     read_drawings,
     read_photos,
     training_facts,
 )
+from sketchfast.methods.sketchembednet_protocols import fewshot
 from sketchfast.runs import load_method, read_checkpoint
 
 METHODS = ("sketchembednet", "conv_vae", "contrastive")

@@ -118,8 +118,8 @@ def run(case: Case, dtype: torch.dtype, device: str, impl: str, data: torch.dtyp
     if case.context:
         names, leaves = [*names, "context"], [*leaves, context]
     # without a step the reference's out depends on nothing
-    outputs, grads = zip(*((v, g) for v, g in zip(values.values(), grads, strict=True) if v.requires_grad))
-    found = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
+    pairs = [(v, g) for v, g in zip(values.values(), grads, strict=True) if v.requires_grad]
+    found = torch.autograd.grad(*zip(*pairs, strict=True), allow_unused=True)
     for name, leaf, grad in zip(names, leaves, found, strict=True):
         values[f"grad {name}"] = torch.zeros_like(leaf) if grad is None else grad
     return {name: value.detach().cpu() for name, value in values.items()}
