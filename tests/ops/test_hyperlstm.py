@@ -119,7 +119,8 @@ def run(case: Case, dtype: torch.dtype, device: str, impl: str, data: torch.dtyp
         names, leaves = [*names, "context"], [*leaves, context]
     # without a step the reference's out depends on nothing
     pairs = [(v, g) for v, g in zip(values.values(), grads, strict=True) if v.requires_grad]
-    found = torch.autograd.grad(*zip(*pairs, strict=True), allow_unused=True)
+    outputs, cotangents = zip(*pairs, strict=True)
+    found = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
     for name, leaf, grad in zip(names, leaves, found, strict=True):
         values[f"grad {name}"] = torch.zeros_like(leaf) if grad is None else grad
     return {name: value.detach().cpu() for name, value in values.items()}
