@@ -39,6 +39,7 @@ def versus(benchmark, request):
         target: float | None = None,
         floor: float | None = None,
         launches: int = 20,
+        ours_per_round: int = OURS_PER_ROUND,
     ) -> None:
         rounds = 2 if SMOKE else rounds
         launches = 2 if SMOKE else launches
@@ -48,7 +49,7 @@ def versus(benchmark, request):
             # One untimed call: a rival's freed gigabytes stall the call after it.
             ours()
             synchronize(device)
-            seconds.extend(seconds_of(ours, device, launches) for _ in range(OURS_PER_ROUND))
+            seconds.extend(seconds_of(ours, device, launches) for _ in range(ours_per_round))
 
         rival_launches = launches if device == "cuda" else 1
         benchmark.group = group
@@ -62,7 +63,7 @@ def versus(benchmark, request):
             synchronize(device)
 
         benchmark.pedantic(timed_rival, setup=time_ours, rounds=rounds, iterations=1, warmup_rounds=1)
-        ours_median = statistics.median(seconds[OURS_PER_ROUND:])
+        ours_median = statistics.median(seconds[ours_per_round:])
         rival_median = benchmark.stats.stats.median / rival_launches
         benchmark.extra_info.update(
             ours_ms=ours_median * 1e3,
