@@ -73,7 +73,7 @@ def stepped(run, x: Tensor, parameters):
 
 
 def eager_loop(m: HyperLSTM):
-    """The cell as one writes it from the paper: step after step, layer norms and hypernetworks gate by gate."""
+    """The cell as one writes it from the paper: step after step, gate by gate."""
 
     def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-3)

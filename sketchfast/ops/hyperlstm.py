@@ -239,7 +239,13 @@ class _WideProducts(loop.Products):
         self._product(a, b, out, False)
 
     def accumulate(self, total: Tensor, a: Tensor, b: Tensor) -> None:
-        self._product(a, b, total, True)
+        if 4 * b.shape[-1] > a.shape[-2]:
+            return self._product(a, b, total, True)
+        # a narrow product would use a part of each tile: its transpose uses all of it
+        turned = total.new_empty((*total.shape[:-2], total.shape[-1], total.shape[-2]))
+        self._product(b.transpose(-1, -2), a.transpose(-1, -2), turned, False)
+        total.add_(turned.transpose(-1, -2))
+        return None
 
 
 class _NativeKernels:
