@@ -15,8 +15,6 @@ void check_fits(bool fits) {
 
 }  // namespace
 
-extern "C" {
-
 // Rows of [part, step, row, unit]; no data: not given.
 struct Array {
   void* data;
@@ -60,6 +58,8 @@ struct Call {
   }
   Dtype dtype() const { return static_cast<Dtype>(gates.dtype); }
 };
+
+extern "C" {
 
 void set_schedule(int schedule, unsigned seed) {
   emulator::machine.schedule = static_cast<emulator::Schedule>(schedule);
