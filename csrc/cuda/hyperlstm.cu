@@ -59,8 +59,9 @@ Rows<T> as(const AnyRows& rows) {
 AnyRows rows_of(const char* name, const OptionalTensor& tensor, Dtype dtype, Shape shape,
                 const Tensor& like) {
   const AnyRows rows = any_rows(name, tensor, shape, like);
-  check(!rows.data || rows.dtype == dtype, name, " must be of the dtype of the products (cells: ",
-        "float32), got scalar type ", tensor.has_value() ? int(tensor->scalar_type()) : -1);
+  check(!rows.data || rows.dtype == dtype, name,
+        " must be of the dtype of the products (cells: ", "float32), got scalar type ",
+        tensor.has_value() ? int(tensor->scalar_type()) : -1);
   return rows;
 }
 
@@ -114,8 +115,7 @@ kernels::Setting setting_of(const Tensor& cell, int64_t steps, const Given& give
   check(!setting.norm.weight == !setting.norm.bias, "ln_weight and ln_bias go together");
   check(!setting.norm.cell_weight == !setting.norm.cell_bias,
         "ln_c_weight and ln_c_bias go together");
-  setting.dropout =
-      kernels::dropout_of(integers("seed", given.seed, {}, cell), given.dropout);
+  setting.dropout = kernels::dropout_of(integers("seed", given.seed, {}, cell), given.dropout);
   setting.forget_bias = static_cast<float>(given.forget_bias);
   return setting;
 }
@@ -157,9 +157,9 @@ void hyper_fwd(const Tensor& gates, const OptionalTensor& x_part, const Tensor& 
                const OptionalTensor& lengths, const OptionalTensor& seed, int64_t step,
                int64_t step_offset, double forget_bias, double dropout) {
   const int64_t steps = steps_of("gates", gates);
-  const kernels::Setting setting =
-      setting_of(cell, steps, {ln_weight, ln_bias, ln_c_weight, ln_c_bias, lengths, seed, step,
-                               step_offset, forget_bias, dropout});
+  const kernels::Setting setting = setting_of(cell, steps,
+                                              {ln_weight, ln_bias, ln_c_weight, ln_c_bias, lengths,
+                                               seed, step, step_offset, forget_bias, dropout});
   const int64_t batch = setting.batch, width = setting.width;
   const Dtype dtype = device::dtype_of("gates", gates.scalar_type());
   const Shape all{steps, batch, width}, of_gates{steps, batch, 4 * width};
@@ -173,10 +173,9 @@ void hyper_fwd(const Tensor& gates, const OptionalTensor& x_part, const Tensor& 
   const bool fits = kernels::with_dtype(dtype, [&](auto tag) {
     using D = decltype(tag);
     const kernels::HyperGates<D> from{as<D>(whole), as<const D>(from_x)};
-    return kernels::forward(
-        context, kernels::ForwardParams<kernels::HyperGates<D>>{
-                     setting, from, as<float>(carried), as<D>(to_hidden), shown,
-                     as<float>(to_cells)});
+    return kernels::forward(context, kernels::ForwardParams<kernels::HyperGates<D>>{
+                                         setting, from, as<float>(carried), as<D>(to_hidden), shown,
+                                         as<float>(to_cells)});
   });
   check_fits(fits, width);
 }
@@ -189,9 +188,9 @@ void main_fwd(const Tensor& recurrent, const Tensor& x_part, const Tensor& scale
               const OptionalTensor& lengths, const OptionalTensor& seed, int64_t step,
               int64_t step_offset, double forget_bias, double dropout) {
   const int64_t steps = steps_of("recurrent", recurrent);
-  const kernels::Setting setting =
-      setting_of(cell, steps, {ln_weight, ln_bias, ln_c_weight, ln_c_bias, lengths, seed, step,
-                               step_offset, forget_bias, dropout});
+  const kernels::Setting setting = setting_of(cell, steps,
+                                              {ln_weight, ln_bias, ln_c_weight, ln_c_bias, lengths,
+                                               seed, step, step_offset, forget_bias, dropout});
   const int64_t batch = setting.batch, width = setting.width;
   const Dtype dtype = device::dtype_of("recurrent", recurrent.scalar_type());
   const Shape all{steps, batch, width}, of_gates{steps, batch, 4 * width};
@@ -210,10 +209,9 @@ void main_fwd(const Tensor& recurrent, const Tensor& x_part, const Tensor& scale
     using D = decltype(tag);
     const kernels::MainGates<D> from{as<const D>(from_h), as<const D>(from_x), as<const D>(scale),
                                      of_scale, biases};
-    return kernels::forward(
-        context, kernels::ForwardParams<kernels::MainGates<D>>{
-                     setting, from, as<float>(carried), as<D>(to_hidden), shown,
-                     as<float>(to_cells)});
+    return kernels::forward(context, kernels::ForwardParams<kernels::MainGates<D>>{
+                                         setting, from, as<float>(carried), as<D>(to_hidden), shown,
+                                         as<float>(to_cells)});
   });
   check_fits(fits, width);
 }
@@ -228,9 +226,9 @@ void main_bwd(const Tensor& recurrent, const Tensor& x_part, const Tensor& scale
               const OptionalTensor& seed, int64_t step, int64_t step_offset, double forget_bias,
               double dropout) {
   const Tensor& like = cell_before;
-  const kernels::Setting setting =
-      setting_of(like, 1, {ln_weight, ln_bias, ln_c_weight, ln_c_bias, lengths, seed, step,
-                           step_offset, forget_bias, dropout});
+  const kernels::Setting setting = setting_of(like, 1,
+                                              {ln_weight, ln_bias, ln_c_weight, ln_c_bias, lengths,
+                                               seed, step, step_offset, forget_bias, dropout});
   const int64_t batch = setting.batch, width = setting.width;
   const Dtype dtype = device::dtype_of("recurrent", recurrent.scalar_type());
   const Shape row{batch, width}, gate_rows{batch, 4 * width}, scale_rows{12, batch, width};
@@ -274,9 +272,9 @@ void hyper_bwd(const Tensor& gates, const Tensor& cell_before, const Tensor& cel
                const OptionalTensor& seed, int64_t step, int64_t step_offset, double forget_bias,
                double dropout) {
   const Tensor& like = cell_before;
-  const kernels::Setting setting =
-      setting_of(like, 1, {ln_weight, ln_bias, ln_c_weight, ln_c_bias, lengths, seed, step,
-                           step_offset, forget_bias, dropout});
+  const kernels::Setting setting = setting_of(like, 1,
+                                              {ln_weight, ln_bias, ln_c_weight, ln_c_bias, lengths,
+                                               seed, step, step_offset, forget_bias, dropout});
   const int64_t batch = setting.batch, width = setting.width;
   const Dtype dtype = device::dtype_of("gates", gates.scalar_type());
   const Shape row{batch, width}, gate_rows{batch, 4 * width};
@@ -292,12 +290,18 @@ void hyper_bwd(const Tensor& gates, const Tensor& cell_before, const Tensor& cel
   const bool fits = kernels::with_dtype(dtype, [&](auto tag) {
     using D = decltype(tag);
     const kernels::HyperGradients<D> to{{as<D>(whole), {nullptr, 0, 0}}, as<D>(to_gates)};
-    return kernels::backward(context,
-                             kernels::BackwardParams<kernels::HyperGradients<D>>{
-                                 setting, to, as<const float>(before), as<const float>(after),
-                                 {nullptr, Dtype::kFloat32, 0, 0}, as<D>(from_hidden),
-                                 as<float>(carried), sums, 0},
-                             slots);
+    return kernels::backward(
+        context,
+        kernels::BackwardParams<kernels::HyperGradients<D>>{setting,
+                                                            to,
+                                                            as<const float>(before),
+                                                            as<const float>(after),
+                                                            {nullptr, Dtype::kFloat32, 0, 0},
+                                                            as<D>(from_hidden),
+                                                            as<float>(carried),
+                                                            sums,
+                                                            0},
+        slots);
   });
   check_fits(fits, width);
 }

@@ -9,6 +9,8 @@
 // order of sums depends on sizes alone: results repeat bit for bit.
 #pragma once
 
+#include <cstring>
+
 #include "../hyperlstm_math.h"
 #include "device.cuh"
 
@@ -18,11 +20,11 @@ namespace cuda {
 
 using namespace device;
 
-constexpr int kMostThreads = 512;              // a CTA; leaves a thread 128 registers
-constexpr int kUnits = 4;                      // a thread's units where it has neighbours
+constexpr int kMostThreads = 512;  // a CTA; leaves a thread 128 registers
+constexpr int kUnits = 4;          // a thread's units where it has neighbours
 constexpr int kMostNarrow = kUnits * kMostThreads;
-constexpr int kGates = 4;                      // i, j, f, o
-constexpr int kMostSums = 8;                   // added up over a team at a time
+constexpr int kGates = 4;     // i, j, f, o
+constexpr int kMostSums = 8;  // added up over a team at a time
 
 // --- units: V neighbours in memory, of any dtype; arithmetic is float32
 
@@ -45,20 +47,32 @@ __device__ inline void put(float* to, float x) { *to = x; }
 __device__ inline void put(__half* to, float x) { *to = __float2half_rn(x); }
 __device__ inline void put(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
 
-// The emulator cannot fault where a GPU does.
+// One access to memory that is aligned for it.
 template <typename Units>
-__device__ inline void check_aligned([[maybe_unused]] const void* p) {
-#if !defined(__CUDACC__)
-  if (reinterpret_cast<uintptr_t>(p) % alignof(Units) != 0) {
-    emulator::machine.fault = "a kernel reached for units that are not aligned";
-  }
+__device__ inline Units read(const void* from) {
+#if defined(__CUDACC__)
+  return *static_cast<const Units*>(from);
+#else
+  emulator::check_aligned(from, alignof(Units));
+  Units units;
+  std::memcpy(&units, from, sizeof(Units));
+  return units;
+#endif
+}
+
+template <typename Units>
+__device__ inline void write(void* to, const Units& units) {
+#if defined(__CUDACC__)
+  *static_cast<Units*>(to) = units;
+#else
+  emulator::check_aligned(to, alignof(Units));
+  std::memcpy(to, &units, sizeof(Units));
 #endif
 }
 
 template <int V, typename D>
 __device__ inline Floats<V> load_units(const D* from) {
-  check_aligned<Packed<D, V>>(from);
-  const Packed<D, V> packed = *reinterpret_cast<const Packed<D, V>*>(from);
+  const auto packed = read<Packed<D, V>>(from);
   Floats<V> out;
 #pragma unroll
   for (int k = 0; k < V; ++k) out[k] = to_float(packed.value[k]);
@@ -67,11 +81,10 @@ __device__ inline Floats<V> load_units(const D* from) {
 
 template <int V, typename D>
 __device__ inline void store_units(D* to, const Floats<V>& units) {
-  check_aligned<Packed<D, V>>(to);
   Packed<D, V> packed;
 #pragma unroll
   for (int k = 0; k < V; ++k) put(&packed.value[k], units[k]);
-  *reinterpret_cast<Packed<D, V>*>(to) = packed;
+  write(to, packed);
 }
 
 template <int V>
@@ -159,9 +172,7 @@ struct Setting {
   Dropout dropout;
   float forget_bias;
 
-  __device__ bool is_live(int s, int64_t row) const {
-    return !lengths || first + s < lengths[row];
-  }
+  __device__ bool is_live(int s, int64_t row) const { return !lengths || first + s < lengths[row]; }
 };
 
 // What becomes of the units' tanh(j): 0 or the scale, 1 without dropout.
@@ -744,13 +755,13 @@ struct BackwardStep {
   Team& team;
   uint64_t seed;
   int row;
-  int end;          // of the row's units; 0 where there is nothing to do
-  float* partials;  // [kPartials, width] of this team
+  int end;                       // of the row's units; 0 where there is nothing to do
+  float* partials;               // [kPartials, width] of this team
   Kept<V, true, kGates> normed;  // gates; registers do not hold all that backward keeps
   Kept<V, kWide, kGates> kept;   // first what is named below, then the gates' gradients
   Ahead<V, kWide, 4> ahead;
 
-  static constexpr int kGradNormed = 0, kGradOutput = 1, kOutput = 2;  // places in `kept`
+  static constexpr int kGradNormed = 0, kGradOutput = 1, kOutput = 2;            // places in `kept`
   static constexpr int kBefore = 0, kAfter = 1, kGradCell = 2, kGradHidden = 3;  // in `ahead`
 
   template <typename Body>
@@ -957,8 +968,8 @@ struct BackwardStep {
           const Units gate = normed.at(g, unit);
 #pragma unroll
           for (int k = 0; k < V; ++k) {
-            grad[g][k] = layer_norm_gradient(grad[g][k], gate[k], means[2 * g],
-                                             means[2 * g + 1], moments.inverse[g]);
+            grad[g][k] = layer_norm_gradient(grad[g][k], gate[k], means[2 * g], means[2 * g + 1],
+                                             moments.inverse[g]);
           }
         }
         if (Gradients::kMain) add(2 * kGates + g, unit, grad[g]);
@@ -989,7 +1000,8 @@ struct BackwardStep {
 // The CTA's sums, team after team, to its row of partials.
 template <int V>
 __device__ inline void add_teams(const float* of_teams, int teams, int count, float* total) {
-  for (int k = static_cast<int>(threadIdx.x) * V; k < count; k += static_cast<int>(blockDim.x) * V) {
+  for (int k = static_cast<int>(threadIdx.x) * V; k < count;
+       k += static_cast<int>(blockDim.x) * V) {
     Floats<V> sum = load_units<V>(total + k);
     for (int n = 0; n < teams; ++n) {
       const Floats<V> part = load_units<V>(of_teams + n * count + k);
@@ -1028,16 +1040,15 @@ __global__ void __launch_bounds__(kMostThreads, 1)
        first += static_cast<int>(gridDim.x) * p.teams) {
     const int row = first + number;
     const bool inside = row < setting.batch, live = inside && setting.is_live(0, row);
-    BackwardStep<Gradients, V, kWide> step{
-        p,
-        team,
-        key,
-        row,
-        live ? width : 0,
-        own,
-        {memory.normed + number * kGates * width, width},
-        {memory.kept, width},
-        {}};
+    BackwardStep<Gradients, V, kWide> step{p,
+                                           team,
+                                           key,
+                                           row,
+                                           live ? width : 0,
+                                           own,
+                                           {memory.normed + number * kGates * width, width},
+                                           {memory.kept, width},
+                                           {}};
     step.run();
     if (live || !inside) continue;
     for_units<V, kWide>(team, width,

@@ -100,8 +100,8 @@ int team_count(const Context& context, const Setting& setting, int threads) {
   int64_t teams = wanted < most ? wanted : most;
   for (; teams > 0; --teams) {
     Arena arena{nullptr, 0};
-    BackwardMemory(arena, static_cast<int>(teams) * threads, static_cast<int>(teams),
-                   setting.width, Gradients::kPartials, false);
+    BackwardMemory(arena, static_cast<int>(teams) * threads, static_cast<int>(teams), setting.width,
+                   Gradients::kPartials, false);
     if (arena.used <= context.shared_limit) break;
   }
   return static_cast<int>(teams);

@@ -29,8 +29,8 @@ struct Array {
 
 // As the tests fill it in; the order is theirs too.
 struct Call {
-  Array gates, x_part, scales, cell, hidden, shown, cells;            // of forward, and
-  Array cell_before, cell_after, grad_out, grad_hidden, grad_cell;    // of backward
+  Array gates, x_part, scales, cell, hidden, shown, cells;          // of forward, and
+  Array cell_before, cell_after, grad_out, grad_hidden, grad_cell;  // of backward
   Array grad_gates, grad_x_part, grad_scales;
   const float *bias, *ln_weight, *ln_bias, *ln_c_weight, *ln_c_bias;
   float* partials;
@@ -72,8 +72,8 @@ const char* hyperlstm_hyper_fwd(const Call* c) {
   return guarded(c->shared_limit, [&](Context& context) {
     check_fits(with_dtype(c->dtype(), [&](auto tag) {
       using Gates = HyperGates<decltype(tag)>;
-      return forward(context, ForwardParams<Gates>{c->setting(), Gates{c->gates, c->x_part}, c->cell,
-                                                   c->hidden, c->shown, c->cells});
+      return forward(context, ForwardParams<Gates>{c->setting(), Gates{c->gates, c->x_part},
+                                                   c->cell, c->hidden, c->shown, c->cells});
     }));
   });
 }

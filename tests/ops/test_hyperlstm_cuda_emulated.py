@@ -58,9 +58,11 @@ class _Array(ctypes.Structure):
     def of(cls, tensor: Tensor, parts: bool) -> _Array:
         """[(parts,) (steps,) rows, units]"""
         assert tensor.shape[-1] == 1 or tensor.stride(-1) == 1
-        strides = [stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride())]
+        strides = [
+            stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        ]
         part = strides.pop(0) if parts else 0
-        step, row = ([0] + strides)[-3:-1]
+        step, row = [0, *strides][-3:-1]
         return cls(tensor.data_ptr(), DTYPES[tensor.dtype], part, step, row)
 
 
@@ -151,7 +153,8 @@ class Case:
     lengths: tuple[int, ...] | None = None
     first: int = 2
     dropout: float = 0.0
-    behind: int = 8  # columns behind a row of gates, which belong to others
+    behind: int = 8  # elements behind a row of gates,
+    apart: int = 8  # and behind each of the twelve scales
     slots: int = 2
     absent: tuple[str, ...] = ()
     schedule: str = "forward"
@@ -243,13 +246,17 @@ STRIDED = ("gates", "recurrent", "grad_recurrent", "grad_gates")
 
 
 def run_emulated(library: ctypes.CDLL, case: Case) -> dict[str, Tensor]:
-    """Every tensor after the call, of guarded copies; gates are columns of wider rows."""
+    """Every tensor after the call, of guarded copies; gates are columns of wider rows, scales lie apart."""
     memory, held, whole = Guarded(), {}, {}
     live = case.live()
     for name, value in case.values().items():
         if name in STRIDED:
             whole[name] = memory.empty((*value.shape[:-1], value.shape[-1] + case.behind), value.dtype)
             held[name] = whole[name][..., : value.shape[-1]].copy_(value)
+        elif name.endswith("scales"):
+            size = value[0].numel()
+            whole[name] = memory.empty((12, size + case.apart), value.dtype)
+            held[name] = whole[name][:, :size].view(value.shape).copy_(value)
         else:
             held[name] = memory.copy(value)
         if name in NAN_PAST_END:
@@ -260,13 +267,16 @@ def run_emulated(library: ctypes.CDLL, case: Case) -> dict[str, Tensor]:
     assert kernels.launches == 1
     memory.check()
     for name, value in whole.items():
-        assert value[..., held[name].shape[-1] :].isnan().all(), f"{name}: written behind its rows"
+        gap = case.apart if name.endswith("scales") else case.behind
+        assert value[..., value.shape[-1] - gap :].isnan().all(), f"{name}: written behind its rows"
     return held
 
 
 def run_eager(case: Case, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The same by the eager kernels, in `dtype` all of it or in the case's."""
-    held = {name: value.clone() if dtype is None else value.to(dtype) for name, value in case.values().items()}
+    held = {
+        name: value.clone() if dtype is None else value.to(dtype) for name, value in case.values().items()
+    }
     getattr(EagerKernels(), case.kernel)(*case.arguments(held))
     if "gates" in held and "x_part" in held:  # past the end nobody reads the whole gates
         held["gates"].masked_fill_(~case.live()[..., None], 0.0)
@@ -307,6 +317,12 @@ def test_widths(library, kernel, width):
 
 
 @pytest.mark.parametrize("kernel", ARGUMENTS)
+@pytest.mark.parametrize("gap", ["behind", "apart"])
+def test_what_is_not_aligned_is_read_unit_by_unit(library, kernel, gap):
+    check(library, replace(Case(kernel, width=12), **{gap: UNALIGNED}))
+
+
+@pytest.mark.parametrize("kernel", ARGUMENTS)
 @pytest.mark.parametrize("width", [2048, 2052, 4096])
 def test_large_widths(library, kernel, width):
     """The widest in registers, the first beyond, and what any GPU here must take."""
@@ -332,10 +348,20 @@ def test_everything_at_once(library, kernel, schedule, width):
 def test_dtypes(library, kernel, low, width):
     """x and out in the products' dtype, and, as under autocast, in float32."""
     for shown in (low, torch.float32):
-        case = Case(
-            kernel, width=width, batch=7, lengths=LENGTHS, dropout=0.2, dtype=low, shown_dtype=shown
-        )
+        case = Case(kernel, width=width, batch=7, lengths=LENGTHS, dropout=0.2, dtype=low, shown_dtype=shown)
         check(library, case)
+
+
+@pytest.mark.parametrize("width", [9, 12])
+def test_hyper_fwd_goes_on_with_the_rounded_sum(library, width):
+    """As backward, which has nothing else, will see it."""
+    case = Case("hyper_fwd", width=width, dtype=torch.bfloat16)
+    first = run_emulated(library, case)
+    values = case.values() | {"gates": first["gates"]}
+    values.pop("x_part")
+    Emulated(library).hyper_fwd(*case.arguments(values))
+    for name in ("cell", "hidden", "last"):
+        assert_same_bits(first[name], values[name], name)
 
 
 @pytest.mark.parametrize("width", [5, 64])
@@ -392,7 +418,7 @@ class Whole:
 
     hidden: int = 8
     hyper: int = 4
-    steps: int = 5
+    steps: int = 9
     batch: int = 3
     layer_norm: bool = True
     lengths: tuple[int, ...] | None = None
@@ -453,7 +479,8 @@ def run_reference(whole: Whole, dtype: torch.dtype) -> dict[str, Tensor]:
     grads = [grad.to(result.dtype) for grad, result in zip(whole.gradients(), results, strict=True)]
     found = torch.autograd.grad(results, list(leaves.values()), grads)
     named = {f"grad of {name}": grad for name, grad in zip(leaves, found, strict=True)}
-    return dict(zip(("out", "h", "c", "hyper_h", "hyper_c"), results, strict=True)) | named
+    values = [result.detach() for result in results]
+    return dict(zip(("out", "h", "c", "hyper_h", "hyper_c"), values, strict=True)) | named
 
 
 def run_loop(
@@ -486,19 +513,25 @@ WHOLES = {
     "plain": Whole(),
     "no layer norm": Whole(layer_norm=False, base=True),
     "dropout": Whole(dropout=0.4, hidden=12, hyper=8),
-    "lengths": Whole(lengths=(5, 2, 0, 9, -1), batch=5, dropout=0.2, base=True),
-    "odd": Whole(hidden=7, hyper=5, lengths=(3, 4, 1), dropout=0.3),
+    "lengths": Whole(lengths=(5, 2, 0, 19, -1), batch=5, dropout=0.2, base=True),
+    "odd": Whole(hidden=7, hyper=5, lengths=(3, 8, 1), dropout=0.3),
     "one unit": Whole(hidden=1, hyper=1, batch=1),
     "one step": Whole(steps=1, batch=2),
-    "larger": Whole(hidden=68, hyper=36, batch=4, steps=3),
+    "larger": Whole(hidden=68, hyper=36, batch=4, steps=5),
 }
+
+
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four steps, two of them a span of the big weights' gradients where there are four rows or fewer."""
+    monkeypatch.setattr(loop, "CHUNK_ELEMENTS", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(loop, "SPAN_ROWS", 32)
 
 
 @pytest.mark.parametrize("name", WHOLES)
 def test_whole_op(library, name, monkeypatch):
-    """Values and every gradient, over chunks of two steps; batches larger than the slots."""
+    """Values and every gradient, over several chunks; batches larger than the slots."""
     whole = WHOLES[name]
-    monkeypatch.setattr(loop, "CHUNK_ROWS", 2 * whole.batch)
+    short_chunks(monkeypatch)
     got = run_loop(Emulated(library, "shuffled", most_slots=2), whole)
     eager, exact = run_reference(whole, torch.float32), run_reference(whole, torch.float64)
     for key, value in got.items():
@@ -509,7 +542,7 @@ def test_whole_op(library, name, monkeypatch):
 def test_whole_op_in_bfloat16(library, shown, monkeypatch):
     """Against the same loop of eager kernels: autocast, and parameters that are bfloat16 themselves."""
     whole = replace(WHOLES["lengths"], hidden=12)
-    monkeypatch.setattr(loop, "CHUNK_ROWS", 2 * whole.batch)
+    short_chunks(monkeypatch)
     got = run_loop(Emulated(library), whole, torch.bfloat16, shown)
     eager = run_loop(EagerKernels(), whole, torch.bfloat16, shown)
     exact = run_reference(whole, torch.float64)
@@ -519,7 +552,7 @@ def test_whole_op_in_bfloat16(library, shown, monkeypatch):
 
 def test_same_bits_twice(library, monkeypatch):
     whole = WHOLES["lengths"]
-    monkeypatch.setattr(loop, "CHUNK_ROWS", 2 * whole.batch)
+    short_chunks(monkeypatch)
     first, second = (run_loop(Emulated(library, name), whole) for name in ("greedy", "reverse"))
     for key, value in first.items():
         assert_same_bits(value, second[key], key)
