@@ -47,7 +47,29 @@ __device__ inline void put(float* to, float x) { *to = x; }
 __device__ inline void put(__half* to, float x) { *to = __float2half_rn(x); }
 __device__ inline void put(__nv_bfloat16* to, float x) { *to = __float2bfloat16_rn(x); }
 
-// One access to memory that is aligned for it.
+#if defined(__CUDACC__)
+// What a GPU moves at once.
+template <size_t kBytes>
+struct WordOf;
+template <>
+struct WordOf<2> {
+  using type = unsigned short;
+};
+template <>
+struct WordOf<4> {
+  using type = unsigned int;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+#endif
+
+// Of memory that is aligned for it.
 template <typename Units>
 __device__ inline Units read(const void* from) {
 #if defined(__CUDACC__)
@@ -60,10 +82,13 @@ __device__ inline Units read(const void* from) {
 #endif
 }
 
+// To global memory. An assignment the compiler would split into one store a unit or two.
 template <typename Units>
-__device__ inline void write(void* to, const Units& units) {
+__device__ inline void write_global(void* to, const Units& units) {
 #if defined(__CUDACC__)
-  *static_cast<Units*>(to) = units;
+  typename WordOf<sizeof(Units)>::type word;
+  memcpy(&word, &units, sizeof(Units));
+  __stwb(static_cast<decltype(word)*>(to), word);
 #else
   emulator::check_aligned(to, alignof(Units));
   std::memcpy(to, &units, sizeof(Units));
@@ -84,7 +109,18 @@ __device__ inline void store_units(D* to, const Floats<V>& units) {
   Packed<D, V> packed;
 #pragma unroll
   for (int k = 0; k < V; ++k) put(&packed.value[k], units[k]);
-  write(to, packed);
+  write_global(to, packed);
+}
+
+// In shared memory, or wherever the compiler finds it to be.
+template <int V>
+__device__ inline void keep_units(float* to, const Floats<V>& units) {
+#if defined(__CUDACC__)
+  *reinterpret_cast<Floats<V>*>(to) = units;
+#else
+  emulator::check_aligned(to, alignof(Floats<V>));
+  std::memcpy(to, &units, sizeof(units));
+#endif
 }
 
 template <int V>
@@ -202,7 +238,7 @@ __device__ inline Floats<V> draw(const Setting& p, uint64_t seed, uint32_t strea
 
 struct Team {
   int rank, threads;
-  float* memory;  // [2][warps][kMostSums]
+  int memory;  // where its [2][warps][kMostSums] floats of the CTA's shared memory begin
   int turn = 0;
 
   SKETCHFAST_HD static int64_t memory_size(int threads) {
@@ -269,7 +305,8 @@ __device__ inline void sum_over_team(float (&value)[N], Team& team) {
   for (int n = 0; n < N; ++n) part[n] = value[n];
   const float sum = scattered_sum_of_warp(part);
   const int warps = team.threads / kWarp;
-  float* of_warps = team.memory + team.turn * warps * kMostSums;
+  SKETCHFAST_SHARED_MEMORY(shared);
+  float* of_warps = reinterpret_cast<float*>(shared) + team.memory + team.turn * warps * kMostSums;
   team.turn ^= 1;  // the next sums must not overwrite what others still read
   if (lane_index() % kLanes == 0) {
     of_warps[team.rank / kWarp * kSums + lane_index() / kLanes] = sum;
@@ -296,8 +333,11 @@ struct Kept {
   float* memory;
   int width;
   __device__ Kept(float* memory, int width) : memory(memory), width(width) {}
-  __device__ Floats<V>& at(int which, int unit) {
-    return *reinterpret_cast<Floats<V>*>(memory + which * width + unit);
+  __device__ Floats<V> get(int which, int unit) const {
+    return load_units<V>(memory + which * width + unit);
+  }
+  __device__ void set(int which, int unit, const Floats<V>& units) {
+    keep_units(memory + which * width + unit, units);
   }
 };
 
@@ -305,22 +345,23 @@ template <int V, int kCount>
 struct Kept<V, false, kCount> {
   Floats<V> held[kCount];
   __device__ Kept(float*, int) {}
-  __device__ Floats<V>& at(int which, int) { return held[which]; }
+  __device__ Floats<V> get(int which, int) const { return held[which]; }
+  __device__ void set(int which, int, const Floats<V>& units) { held[which] = units; }
 };
 
 // Reads ahead of a barrier what is needed behind it, where there are registers to hold it.
-template <int V, bool kWide, int kCount>
+template <int V, bool kHolds, int kCount>
 struct Ahead {
-  Floats<V> held[kWide ? 1 : kCount];
+  Floats<V> held[kHolds ? kCount : 1];
   __device__ Ahead() {}  // registers that hold nothing yet
 
   template <typename Load>
   __device__ void fetch(int which, Load load) {
-    if (!kWide) held[which] = load();
+    if (kHolds) held[which] = load();
   }
   template <typename Load>
   __device__ Floats<V> get(int which, Load load) const {
-    return kWide ? load() : held[which];
+    return kHolds ? held[which] : load();
   }
 };
 
@@ -442,10 +483,10 @@ struct ForwardParams {
 
 // Of one row in shared memory.
 struct ForwardMemory {
-  float *sums, *kept;
+  float* kept;
 
   SKETCHFAST_HD ForwardMemory(Arena& arena, int threads, int width, bool wide) {
-    sums = arena.take<float>(Team::memory_size(threads));
+    arena.take<float>(Team::memory_size(threads));  // first, where teams look for it
     kept = arena.take<float>(wide ? kGates * static_cast<int64_t>(width) : 0);
   }
 };
@@ -460,7 +501,7 @@ struct ForwardStep {
   int64_t row;
   int s;
   Kept<V, kWide, kGates> kept;  // the gates; then the cell in 0 and the output gate in 3
-  Ahead<V, kWide, 2 * kGates + 3> ahead;
+  Ahead<V, !kWide, 2 * kGates + 3> ahead;
 
   // Places in `ahead`: weights, biases, and
   static constexpr int kCell = 2 * kGates, kCellWeight = kCell + 1, kCellBias = kCell + 2;
@@ -511,7 +552,7 @@ struct ForwardStep {
       p.gates.load(s, row, p.setting.width, unit, gate);
 #pragma unroll
       for (int g = 0; g < kGates; ++g) {
-        kept.at(g, unit) = gate[g];
+        kept.set(g, unit, gate[g]);
         sum[g] += sum_of_units(gate[g]);
       }
     });
@@ -522,14 +563,14 @@ struct ForwardStep {
                                 [&](int unit, const float (&mean)[kGates], float (&to)[kGates]) {
 #pragma unroll
                                   for (int g = 0; g < kGates; ++g) {
-                                    add_squares(kept.at(g, unit), mean[g], &to[g]);
+                                    add_squares(kept.get(g, unit), mean[g], &to[g]);
                                   }
                                 });
   }
 
   __device__ Units gate_of(int g, int unit, const Moments<kGates>& moments) {
     const Norm& norm = p.setting.norm;
-    Units gate = kept.at(g, unit);
+    Units gate = kept.get(g, unit);
     if (!norm.weight) return gate;
     const Units weight = ahead.get(g, [&] { return from(norm.weight, g, unit); });
     const Units bias = ahead.get(kGates + g, [&] { return from(norm.bias, g, unit); });
@@ -558,8 +599,8 @@ struct ForwardStep {
         cell[k] = next_cell(act, cell[k], drop[k]);
         output[k] = act.output;
       }
-      kept.at(0, unit) = cell;
-      kept.at(3, unit) = output;
+      kept.set(0, unit, cell);
+      kept.set(3, unit, output);
       store_units(at, cell);
       if (p.cells.data) store_units(p.cells.at(s, row) + unit, cell);
       sum += sum_of_units(cell);
@@ -571,8 +612,8 @@ struct ForwardStep {
     const Norm& norm = p.setting.norm;
     const bool last = s == p.setting.steps - 1;
     units([&](int unit) {
-      Units cell = kept.at(0, unit), hidden;
-      const Units output = kept.at(3, unit);
+      Units cell = kept.get(0, unit), hidden;
+      const Units output = kept.get(3, unit);
       if (norm.cell_weight) {
         const Units weight =
             ahead.get(kCellWeight, [&] { return from(norm.cell_weight, 0, unit); });
@@ -600,7 +641,7 @@ struct ForwardStep {
       const Setting& setting = p.setting;
       of_cell = moments_of<V, kWide>(sum, team, setting.width, setting.share,
                                      [&](int unit, const float (&mean)[1], float (&to)[1]) {
-                                       add_squares(kept.at(0, unit), mean[0], &to[0]);
+                                       add_squares(kept.get(0, unit), mean[0], &to[0]);
                                      });
     }
     store_hidden(of_cell);
@@ -618,7 +659,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const int64_t* seed = p.setting.dropout.seed;
   const uint64_t key = seed ? static_cast<uint64_t>(*seed) : 0;
   const int64_t row = blockIdx.x;
-  Team team{static_cast<int>(threadIdx.x), threads, memory.sums};
+  Team team{static_cast<int>(threadIdx.x), threads, 0};
 #pragma unroll 1
   for (int s = 0; s < p.setting.steps; ++s) {
     ForwardStep<Gates, V, kWide> step{p, team, key, row, s, {memory.kept, width}, {}};
@@ -735,11 +776,11 @@ struct BackwardParams {
 
 // Of one CTA in shared memory.
 struct BackwardMemory {
-  float *sums, *normed, *kept, *partials;
+  float *normed, *kept, *partials;
 
   SKETCHFAST_HD BackwardMemory(Arena& arena, int threads, int teams, int width, int partial_count,
                                bool wide) {
-    sums = arena.take<float>(Team::memory_size(threads));
+    arena.take<float>(Team::memory_size(threads));  // first, where teams look for it
     normed = arena.take<float>(static_cast<int64_t>(teams) * kGates * width);
     kept = arena.take<float>(wide ? kGates * static_cast<int64_t>(width) : 0);
     partials = arena.take<float>(wide ? 0 : static_cast<int64_t>(teams) * partial_count * width);
@@ -759,7 +800,8 @@ struct BackwardStep {
   float* partials;               // [kPartials, width] of this team
   Kept<V, true, kGates> normed;  // gates; registers do not hold all that backward keeps
   Kept<V, kWide, kGates> kept;   // first what is named below, then the gates' gradients
-  Ahead<V, kWide, 4> ahead;
+  static constexpr bool kHolds = !kWide && (sizeof(D) == 2 || !Gradients::kMain);
+  Ahead<V, kHolds, 4> ahead;  // of float32 the main LSTM's gates fill the registers
 
   static constexpr int kGradNormed = 0, kGradOutput = 1, kOutput = 2;            // places in `kept`
   static constexpr int kBefore = 0, kAfter = 1, kGradCell = 2, kGradHidden = 3;  // in `ahead`
@@ -789,15 +831,16 @@ struct BackwardStep {
   }
 
   __device__ void add(int partial, int unit, const Units& units) {
-    Units& to = *reinterpret_cast<Units*>(partials + partial * p.setting.width + unit);
+    float* at = partials + partial * p.setting.width + unit;
+    Units sum = load_units<V>(at);
 #pragma unroll
-    for (int k = 0; k < V; ++k) to[k] += units[k];
+    for (int k = 0; k < V; ++k) sum[k] += units[k];
+    keep_units(at, sum);
   }
 
   __device__ void read_ahead() {
     units([&](int unit) {
       ahead.fetch(kAfter, [&] { return load_units<V>(p.cell_after.at(0, row) + unit); });
-      ahead.fetch(kBefore, [&] { return load_units<V>(p.cell_before.at(0, row) + unit); });
       ahead.fetch(kGradHidden, [&] { return hidden_gradient(unit); });
     });
   }
@@ -810,7 +853,7 @@ struct BackwardStep {
       p.gates.load(0, row, p.setting.width, unit, gate);
 #pragma unroll
       for (int g = 0; g < kGates; ++g) {
-        normed.at(g, unit) = gate[g];
+        normed.set(g, unit, gate[g]);
         sum[g] += sum_of_units(gate[g]);
       }
     });
@@ -823,7 +866,7 @@ struct BackwardStep {
           sum, team, end, p.setting.share,
           [&](int unit, const float (&mean)[kGates + 1], float (&to)[kGates + 1]) {
 #pragma unroll
-            for (int g = 0; g < kGates; ++g) add_squares(normed.at(g, unit), mean[g], &to[g]);
+            for (int g = 0; g < kGates; ++g) add_squares(normed.get(g, unit), mean[g], &to[g]);
             add_squares(after(unit), mean[kGates], &to[kGates]);
           });
     }
@@ -831,9 +874,10 @@ struct BackwardStep {
       units([&](int unit) {
 #pragma unroll
         for (int g = 0; g < kGates; ++g) {
-          Units& gate = normed.at(g, unit);
+          Units gate = normed.get(g, unit);
 #pragma unroll
           for (int k = 0; k < V; ++k) gate[k] = (gate[k] - moments.mean[g]) * moments.inverse[g];
+          normed.set(g, unit, gate);
         }
       });
     }
@@ -842,7 +886,7 @@ struct BackwardStep {
 
   __device__ Units gate_of(int g, int unit) {
     const Norm& norm = p.setting.norm;
-    Units gate = normed.at(g, unit);
+    Units gate = normed.get(g, unit);
     if (!norm.weight) return gate;
     const Units weight = from(norm.weight, g, unit);
     const Units bias = from(norm.bias, g, unit);
@@ -879,14 +923,15 @@ struct BackwardStep {
         sums[0] += grad_normed[k];
         sums[1] += grad_normed[k] * centred[k];
       }
-      kept.at(kGradNormed, unit) = grad_normed;
-      kept.at(kGradOutput, unit) = grad_output;
-      kept.at(kOutput, unit) = output;
+      kept.set(kGradNormed, unit, grad_normed);
+      kept.set(kGradOutput, unit, grad_output);
+      kept.set(kOutput, unit, output);
       if (norm.cell_weight) {
         add(kWeight, unit, of_weight);
         add(kBias, unit, grad_shown);
       }
       ahead.fetch(kGradCell, [&] { return load_units<V>(p.grad_cell.at(0, row) + unit); });
+      ahead.fetch(kBefore, [&] { return load_units<V>(p.cell_before.at(0, row) + unit); });
     });
   }
 
@@ -894,7 +939,7 @@ struct BackwardStep {
   __device__ Units cell_after_gradient(int unit, float mean, float inverse,
                                        const float (&means)[2]) {
     Units grad = ahead.get(kGradCell, [&] { return load_units<V>(p.grad_cell.at(0, row) + unit); });
-    const Units normed_grad = kept.at(kGradNormed, unit), cell = after(unit);
+    const Units normed_grad = kept.get(kGradNormed, unit), cell = after(unit);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       grad[k] += p.setting.norm.cell_weight
@@ -913,7 +958,7 @@ struct BackwardStep {
       const Units grad_cell = cell_after_gradient(unit, mean, inverse, means);
       const Units before =
           ahead.get(kBefore, [&] { return load_units<V>(p.cell_before.at(0, row) + unit); });
-      const Units grad_output = kept.at(kGradOutput, unit), output = kept.at(kOutput, unit);
+      const Units grad_output = kept.get(kGradOutput, unit), output = kept.get(kOutput, unit);
       const Units drop = draw<V>(p.setting, seed, Gradients::kStream, 0, row, unit);
       const Units i = gate_of(0, unit), j = gate_of(1, unit), f = gate_of(2, unit);
       Units to_before, grad[kGates];
@@ -933,7 +978,7 @@ struct BackwardStep {
 #pragma unroll
       for (int g = 0; g < kGates; ++g) {
         if (norm.weight) to_normed(g, unit, grad[g], &sums[2 * g]);
-        kept.at(g, unit) = grad[g];
+        kept.set(g, unit, grad[g]);
       }
     });
   }
@@ -942,7 +987,7 @@ struct BackwardStep {
   // product with the gate.
   __device__ void to_normed(int g, int unit, Units& grad, float* sums) {
     const float* weights = p.setting.norm.weight;
-    const Units gate = normed.at(g, unit);
+    const Units gate = normed.get(g, unit);
     const Units weight = from(weights, g, unit);
     Units of_weight;
 #pragma unroll
@@ -963,9 +1008,9 @@ struct BackwardStep {
       Units grad[kGates];
 #pragma unroll
       for (int g = 0; g < kGates; ++g) {
-        grad[g] = kept.at(g, unit);
+        grad[g] = kept.get(g, unit);
         if (p.setting.norm.weight) {
-          const Units gate = normed.at(g, unit);
+          const Units gate = normed.get(g, unit);
 #pragma unroll
           for (int k = 0; k < V; ++k) {
             grad[g][k] = layer_norm_gradient(grad[g][k], gate[k], means[2 * g], means[2 * g + 1],
@@ -1025,13 +1070,13 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const int number = static_cast<int>(threadIdx.x) / threads;
   const uint64_t key = setting.dropout.seed ? static_cast<uint64_t>(*setting.dropout.seed) : 0;
   Team team{static_cast<int>(threadIdx.x) % threads, threads,
-            memory.sums + number * Team::memory_size(threads)};
+            static_cast<int>(number * Team::memory_size(threads))};
   float* total = p.partials + static_cast<int64_t>(blockIdx.x) * count;
   float* own = kWide ? total : memory.partials + number * count;
   if (!kWide) {
     for_units<V, kWide>(team, width, [&](int unit) {
       for (int n = 0; n < Gradients::kPartials; ++n) {
-        store_units(own + n * width + unit, all_units<V>(0.0f));
+        keep_units(own + n * width + unit, all_units<V>(0.0f));
       }
     });
   }
