@@ -9,8 +9,8 @@
 // throw.
 //
 // It does not show: the memory model between CTAs or within a warp, timing, bank conflicts,
-// alignment faults (unless a kernel asks: check_aligned), nvcc's contraction of products into fused multiply-adds, or limits on
-// registers.
+// alignment faults (unless a kernel asks: check_aligned), nvcc's contraction of products into fused
+// multiply-adds, or limits on registers.
 #pragma once
 
 #include <ucontext.h>
