@@ -9,8 +9,8 @@
 // throw.
 //
 // It does not show: the memory model between CTAs or within a warp, timing, bank conflicts,
-// alignment faults, nvcc's contraction of products into fused multiply-adds, or limits on
-// registers.
+// alignment faults (unless a kernel asks: check_aligned), nvcc's contraction of products into fused
+// multiply-adds, or limits on registers.
 #pragma once
 
 #include <ucontext.h>
@@ -341,6 +341,13 @@ inline void __syncwarp() {
 }
 
 namespace emulator {
+
+// Where a GPU would fault. Of kernels that ask.
+inline void check_aligned(const void* address, size_t alignment) {
+  if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
+    machine.fault = "a kernel reached for memory that is not aligned";
+  }
+}
 
 inline void cluster_barrier() { wait(&machine.cluster, machine.cluster.arrive()); }
 
