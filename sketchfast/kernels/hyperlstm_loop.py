@@ -149,6 +149,10 @@ class Products:
         else:
             torch.mm(a, b, out=out)
 
+    def affine(self, a: Tensor, b: Any, bias: Tensor, out: Tensor) -> None:
+        """out [M, N] = a [M, K] b [K, N] + bias [N]."""
+        torch.addmm(bias, a, b, out=out)
+
     def bmm(self, a: Tensor, b: Any, out: Tensor) -> None:
         """out [G, M, N] = a [G, M, K] b [G, K, N]."""
         torch.bmm(a, b, out=out)
@@ -314,8 +318,7 @@ def forward(
                 hyper, x_hyper[this : this + 1], hyper_cell, hyper_hidden, hyper_last, None, *w.hyper_norm,
                 settings.lengths, settings.seed, step, *settings[2:],
             )  # fmt: skip
-            z.copy_(w.z_bias.expand_as(z))
-            products.mm(hyper_hidden[0], hyper_to_z, z, add=True)
+            products.affine(hyper_hidden[0], hyper_to_z, w.z_bias, z)
             products.bmm(z_by_scale, z_to_scales, scales)
             kernels.main_fwd(
                 main, x_main[this : this + 1], scales_of_step, w.bias, cell, out[step : step + 1], low_hidden,
@@ -456,8 +459,7 @@ class _Backward:
             self.hyper_cells_after[:count], *w.hyper_norm, s.lengths, s.seed, start, *s[2:],
         )  # fmt: skip
         z_rows = self.z[:count].view(-1, 12 * w.embed)
-        z_rows.copy_(w.z_bias.expand_as(z_rows))
-        self.products.mm(self.hypers[place].view(-1, w.hyper), self.hyper_to_z, z_rows, add=True)
+        self.products.affine(self.hypers[place].view(-1, w.hyper), self.hyper_to_z, w.z_bias, z_rows)
         scales = self.scales[:, :count]
         self.products.bmm(self._by_scale(z_rows), self.z_to_scales, scales.view(12, -1, w.hidden))
         _x_products(self.products, w, self.x[steps].to(self.dtype), self.base, self.x_main[:count], None)

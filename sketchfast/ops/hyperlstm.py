@@ -235,6 +235,10 @@ class _WideProducts(loop.Products):
     def mm(self, a: Tensor, b: Any, out: Tensor, *, add: bool = False) -> None:
         self._product(a, b, out, add)
 
+    def affine(self, a: Tensor, b: Any, bias: Tensor, out: Tensor) -> None:
+        out.copy_(bias.expand_as(out))
+        self._product(a, b, out, True)
+
     def bmm(self, a: Tensor, b: Any, out: Tensor) -> None:
         self._product(a, b, out, False)
 
