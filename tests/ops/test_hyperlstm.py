@@ -137,7 +137,7 @@ def check(case: Case, dtype: torch.dtype, device: str, impl: str) -> None:
     )
     for name, want in exact.items():
         floor = SPREAD[dtype] * float(want.abs().max()) if want.numel() else 0.0
-        assert_within_budget(got[name], eager[name], want, name, floor=floor + SPREAD[dtype] * 1e-3)
+        assert_within_budget(got[name], eager[name], want, name, floor=floor + SPREAD[dtype] * 0.1)
     assert all(torch.isfinite(value).all() for value in got.values())
 
 
