@@ -310,7 +310,7 @@ def test_kernel(device, kernel, case):
     "case",
     [
         Case(width=70, lengths=True, dropout=0.3, steps=2, batch=3),
-        Case(width=65, dropout=0.3, batch=3, dtype=torch.bfloat16),
+        Case(width=33, dropout=0.3, batch=2, dtype=torch.bfloat16),
         Case(width=33, norm=False, lengths=True, with_out=False, batch=3),
     ],
     ids=str,
@@ -486,11 +486,11 @@ def assert_op(
 @pytest.mark.parametrize("layer_norm", [True, False])
 @pytest.mark.parametrize(
     ("sizes", "chunk_rows"),
-    [(Sizes(5, 3, 4, 12, 8, 3), 6), (Sizes(4, 2, 3, 7, 5, 2), 100), (Sizes(1, 1, 1, 1, 1, 1), 8)],
+    [(Sizes(3, 3, 4, 12, 8, 3), 6), (Sizes(3, 2, 3, 7, 5, 2), 100), (Sizes(1, 1, 1, 1, 1, 1), 8)],
     ids=str,
 )
 def test_op(device, sizes, chunk_rows, layer_norm, dropout, monkeypatch):
-    """Against the reference in float64: several chunks of two steps, one chunk, one of everything."""
+    """Against the reference in float64: a chunk of two steps and one of one, one chunk, one of everything."""
     monkeypatch.setattr(loop, "CHUNK_ROWS", chunk_rows)
     options = {"layer_norm": layer_norm, "recurrent_dropout": dropout}
     assert_op(sizes, device, lengths=sizes.batch > 1, **options)
@@ -499,7 +499,7 @@ def test_op(device, sizes, chunk_rows, layer_norm, dropout, monkeypatch):
 @runs
 @on_devices
 def test_op_without_lengths_under_autocast(device):
-    assert_op(Sizes(3, 4, 4, 16, 8, 4), device, layer_norm=True, lengths=False, autocast=True)
+    assert_op(Sizes(2, 3, 4, 16, 8, 4), device, layer_norm=True, lengths=False, autocast=True)
 
 
 @runs
