@@ -581,6 +581,8 @@ def _backward_kernel(
                         after * weight, normed, grad_mean, product_mean, inverse
                     )
                     grad_gates = tl.where(inside[:, None, None], grad_gates, 0.0)
+                if BLOCKS > 1 or not CELL_NORM:
+                    tl.debug_barrier()  # all threads have read what is overwritten; elsewhere a sum saw to it
                 tl.store(cell_here + unit, grad_before, mask=inside)
                 zero = tl.zeros((BLOCK,), tl.float32).to(grad_hidden.dtype.element_ty)
                 tl.store(hidden_here + unit, zero, mask=inside)
