@@ -485,13 +485,14 @@ def assert_op(
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("layer_norm", [True, False])
 @pytest.mark.parametrize(
-    ("sizes", "chunk_rows"),
-    [(Sizes(3, 3, 4, 12, 8, 3), 6), (Sizes(3, 2, 3, 7, 5, 2), 100), (Sizes(1, 1, 1, 1, 1, 1), 8)],
+    ("sizes", "chunk"),
+    [(Sizes(3, 3, 4, 12, 8, 3), 2), (Sizes(3, 2, 3, 7, 5, 2), 9), (Sizes(1, 1, 1, 1, 1, 1), 9)],
     ids=str,
 )
-def test_op(device, sizes, chunk_rows, layer_norm, dropout, monkeypatch):
+def test_op(device, sizes, chunk, layer_norm, dropout, monkeypatch):
     """Against the reference in float64: a chunk of two steps and one of one, one chunk, one of everything."""
-    monkeypatch.setattr(loop, "CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(loop, "chunk_steps", lambda steps, *rest: min(steps, chunk))
+    monkeypatch.setattr(loop, "SPAN_ROWS", 1)
     options = {"layer_norm": layer_norm, "recurrent_dropout": dropout}
     assert_op(sizes, device, lengths=sizes.batch > 1, **options)
 

@@ -626,8 +626,11 @@ def _backward_kernel(
 
 
 def _blocks(width: int, registers: int) -> dict[str, Any]:
-    """How the units of a row are cut into blocks, four a thread, and what registers a thread may take."""
-    size = min(_WIDEST, max(32, triton.next_power_of_2(width)))
+    """How the units of a row are cut into blocks, four a thread, and what registers a thread may take: of one
+    block, `registers`."""
+    size = max(32, triton.next_power_of_2(width))
+    if size > _WIDEST:
+        size, registers = _WIDEST, 255
     return {
         "WIDTH": width,
         "BLOCK": size,
