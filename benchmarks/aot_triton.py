@@ -32,10 +32,12 @@ ARCHITECTURES = (80, 90)
 # Bytes a thread. ptxas spills a few values around its loops to fit one more block; more would be a defect.
 LOCAL_LIMIT = 64
 # A row of 8192 takes 32 warps, which leave 64 registers a thread; what waits around the loops is in memory.
-LOCAL_LIMIT_OF = {"_tree_kernel": 512}
+# Rows of 4096 units in float32 on sm_80: addresses of several blocks, around loops. No other size spills.
+LOCAL_LIMIT_OF = {"_tree_kernel": 512, "_backward_kernel": 192}
 SIZES = ((256, 64, 28), (64, 100, 84), (64, 256, 256))  # (B, T, side), of the benchmark suite
 SINKHORN_SIZES = ((1024, 64, 64), (1, 125, 3840), (64, 64, 128), (1, 3840, 125), (1, 2048, 2048))  # (N, K, E)
 TRIPLET_SIZES = ((256, 128), (1024, 512), (8192, 128), (64, 128), (100, 8), (4096, 512))  # (B, D)
+HYPERLSTM_SIZES = ((256, 1024), (256, 512), (16, 4096), (64, 513))  # (B, units)
 TYPE_NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -274,6 +276,60 @@ def triplet_variants(batch: int, dims: int) -> Iterator[Variant]:
     yield from recorded(triplet, f"{batch}x{dims}", calls)
 
 
+def hyperlstm_variants(dtype: torch.dtype, batch: int, width: int, quick: bool) -> Iterator[Variant]:
+    """What the kernels of both LSTMs, of `width` units each, launch for a step and for a chunk's steps."""
+    from sketchfast.kernels.triton import hyperlstm
+
+    def meta(*shape: int, kind: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    kernels, cell = hyperlstm.KERNELS, meta(batch, width)
+    low, bias, seed = meta(batch, width, kind=dtype), meta(4, width), meta(kind=torch.int64)
+    lengths = meta(batch, kind=torch.int64)
+    slots = kernels.slots(cell, batch)
+    norm = (bias, bias, cell[0], cell[0])
+
+    def calls_of(norms: tuple[torch.Tensor | None, ...], settings: tuple[Any, ...]) -> dict[str, Callable]:
+        def steps(count: int) -> tuple[torch.Tensor, ...]:
+            # a part of the matrix that holds both LSTMs' gates, as the loop has it
+            gates = meta(count, batch, 6 * width, kind=dtype)[..., : 4 * width]
+            hidden = meta(count, batch, width, kind=dtype)
+            return (
+                gates,
+                gates.contiguous(),
+                meta(12, count, batch, width, kind=dtype),
+                hidden,
+                hidden.float(),
+            )
+
+        gates, x_part, scales, hidden, _ = steps(1)
+        many, many_x, many_scales, many_hidden, cells = steps(8)
+        end = (*norms, *settings)
+        main_end = (*norms[:2], *norm[2:], *settings)
+        step = (gates[0], x_part[0], scales[:, 0], bias, cell, cell)
+        of_step = (gates[0], x_part[0], scales[:, 0], meta(slots, 14, width))
+        return {
+            "hyper": lambda: kernels.hyper_fwd(gates, x_part, cell, hidden, low, None, *end),
+            "hyper chunk": lambda: kernels.hyper_fwd(many, None, cell, many_hidden, None, cells, *end),
+            "main": lambda: kernels.main_fwd(
+                gates, x_part, scales, bias, cell, hidden, None, None, *main_end
+            ),
+            "main chunk": lambda: kernels.main_fwd(
+                many, many_x, many_scales, bias, cell, None, None, cells, *main_end
+            ),
+            "hyper bwd": lambda: kernels.hyper_bwd(
+                gates[0], cell, cell, low, cell, gates[0], meta(slots, 10, width), *end
+            ),
+            "main bwd": lambda: kernels.main_bwd(*step, low, low, cell, *of_step, *main_end),
+        }
+
+    size = f"{batch}x{width} {TYPE_NAMES[dtype]}"
+    yield from recorded(hyperlstm, size, calls_of(norm, (lengths, seed, 3, 0, 1.0, 0.1)))
+    if not quick:
+        without = calls_of((None,) * 4, (None, None, 3, 0, 1.0, 0.0))
+        yield from recorded(hyperlstm, f"{size} bare", without)
+
+
 def compile_variant(variant: Variant, architecture: int) -> Result:
     import importlib
 
@@ -330,7 +386,7 @@ def unique(variants: list[Variant]) -> list[Variant]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one size, one dtype, one architecture")
-    parser.add_argument("--op", choices=("raster", "sinkhorn", "triplet"), help="this op only")
+    parser.add_argument("--op", choices=("raster", "sinkhorn", "triplet", "hyperlstm"), help="this op only")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -350,6 +406,9 @@ def main(arguments: list[str] | None = None) -> int:
         found += [
             v for size in TRIPLET_SIZES[: 2 if options.quick else None] for v in triplet_variants(*size)
         ]
+    if options.op in (None, "hyperlstm"):
+        for dtype, size in itertools.product(dtypes, HYPERLSTM_SIZES[: 1 if options.quick else None]):
+            found += hyperlstm_variants(dtype, *size, options.quick or size != HYPERLSTM_SIZES[0])
     variants = unique(found)
     work = [(variant, architecture) for variant in variants for architecture in architectures]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
