@@ -9,7 +9,7 @@ says which is the default here.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -903,6 +903,55 @@ def training_facts(method: SketchEncoder) -> str:
         f"drawings of {int(method.training_classes)} classes (paper: {PAPER_DATA[config.image_channels]})."
     )
     return f"{facts} Other sizes: {', '.join(different)}." if different else facts
+
+
+#: method -> its name in the paper's tables, in their order
+NETWORKS = {"conv_vae": "Conv-VAE", "contrastive": "Contrastive", "sketchembednet": "SketchEmbedNet"}
+
+
+def compared_networks(
+    method: Method,
+    untrained: Method | None,
+    *,
+    conv_vae: Method | None = None,
+    contrastive: Method | None = None,
+    sketchembednet: Method | None = None,
+) -> dict[str, SketchEncoder]:
+    """The networks given by name, in the order of the paper's tables.
+
+    ValueError where a run is of another method than its flag names, or of the same as `method`.
+    """
+    from . import METHODS
+
+    kinds = {flag: METHODS[flag] for flag in NETWORKS}
+    own = type(method).__name__
+    if own not in kinds.values():
+        raise ValueError(f"method must be one of {', '.join(kinds.values())}, got {own}")
+    found: dict[str, Any] = {} if untrained is None else {"untrained": untrained}
+    given = {"conv_vae": conv_vae, "contrastive": contrastive, "sketchembednet": sketchembednet}
+    for flag, run in given.items():
+        kind = kinds[flag]
+        if run is not None and type(run).__name__ != kind:
+            raise ValueError(f"{flag} must be a run of {kind}, got one of {type(run).__name__}")
+        if run is not None and own == kind:
+            raise ValueError(f"{flag} must be left out: the run evaluated is one itself")
+        if own == kind or run is not None:
+            found[NETWORKS[flag]] = method if run is None else run
+    return found
+
+
+def trained_networks(networks: Mapping[str, SketchEncoder]) -> dict[str, SketchEncoder]:
+    """Those of `compared_networks` that were trained."""
+    return {name: network for name, network in networks.items() if name != "untrained"}
+
+
+def networks_facts(networks: Mapping[str, SketchEncoder]) -> str:
+    """What each of the networks was trained on and how, in which the paper's are others."""
+    names: dict[str, list[str]] = {}
+    for name, network in trained_networks(networks).items():
+        where = "" if network.trained_on is None else f" ({network.trained_on})"
+        names.setdefault(training_facts(network), []).append(name + where)
+    return " ".join(f"{', '.join(alike)}: {facts}" for facts, alike in names.items())
 
 
 # what the protocols need is defined above; importing them puts them into SketchEncoder.protocols

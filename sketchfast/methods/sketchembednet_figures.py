@@ -27,15 +27,14 @@ from .sketchembednet import (
     SketchEncoder,
     StrokeBatch,
     StrokeBatches,
+    compared_networks,
+    networks_facts,
     read_drawings,
     read_photos,
     split_classes,
-    training_facts,
     usable_drawings,
 )
 
-#: class name of a network -> its name in the paper's tables, in their order
-NETWORKS = {"ConvVAE": "Conv-VAE", "Contrastive": "Contrastive", "SketchEmbedNet": "SketchEmbedNet"}
 #: the compositions shown where none are given, on data that has their classes; the first is the paper's
 TRIPLES = (
     "snowman - circle + square",
@@ -53,34 +52,6 @@ Images = NDArray[np.uint8]
 
 
 # ---- networks and images -----------------------------------------------------------------------------------
-
-
-def compared_networks(
-    method: Method,
-    untrained: Method | None,
-    *,
-    conv_vae: Method | None = None,
-    contrastive: Method | None = None,
-    sketchembednet: Method | None = None,
-) -> dict[str, SketchEncoder]:
-    """The networks given by name, in the order of the paper's tables.
-
-    ValueError where a run is of another method than its flag names, or two are of the same.
-    """
-    found: dict[str, Any] = {} if untrained is None else {"untrained": untrained}
-    given = dict(zip(NETWORKS, (conv_vae, contrastive, sketchembednet), strict=True))
-    own = type(method).__name__
-    for kind, flag in zip(NETWORKS, ("conv_vae", "contrastive", "sketchembednet"), strict=True):
-        network = given[kind]
-        if network is not None and type(network).__name__ != kind:
-            raise ValueError(f"{flag} must be a run of {kind}, got one of {type(network).__name__}")
-        if network is not None and own == kind:
-            raise ValueError(f"{flag} must not be given for a run of {kind} itself, got one")
-        if own == kind or network is not None:
-            found[NETWORKS[kind]] = method if network is None else network
-    if own not in NETWORKS:
-        raise ValueError(f"method must be one of {', '.join(NETWORKS)}, got {own}")
-    return found
 
 
 def _device(network: SketchEncoder) -> torch.device:
@@ -137,15 +108,6 @@ def _unit(images: Images) -> NDArray[np.float64]:
 def _evaluation_mode(networks: Mapping[str, SketchEncoder]) -> None:
     for network in networks.values():
         network.eval()
-
-
-def _facts(networks: Mapping[str, SketchEncoder]) -> str:
-    """What each network was trained as; those of which the same is to be said together."""
-    names: dict[str, list[str]] = {}
-    for name, network in networks.items():
-        if name != "untrained":
-            names.setdefault(training_facts(network), []).append(name)
-    return " ".join(f"{', '.join(of_facts)}: {facts}" for facts, of_facts in names.items())
 
 
 def _percent(share: float) -> float:
@@ -279,7 +241,8 @@ def arrangement(
     note = (
         "k-NN accuracy in percent: the arrangement by the 5 nearest embeddings, leave-one-out; silhouette "
         f"from -1 to 1; ours, the paper has the picture alone. {examples} scenes an arrangement. Components: "
-        f"{components.about(*shapes)}; fitted to the canvas as training drawings are. {_facts(networks)}"
+        f"{components.about(*shapes)}; fitted to the canvas as training drawings are. "
+        f"{networks_facts(networks)}"
     )
     return [Table(f"Arrangement of components: {data.name}", rows, note, {"UMAP of arrangements": picture})]
 
@@ -356,7 +319,8 @@ def spatial(
         "R2: the variable by ridge regression on the embedding, 5-fold cross-validated; UMAP axis rho: |rank "
         "correlation| of the variable with the long axis of the UMAP plane, 1 for a line along which it "
         f"grows; ours, the paper has the picture alone. {examples} scenes a variable. Components: "
-        f"{components.about(*shapes)}; fitted to the canvas as training drawings are. {_facts(networks)}"
+        f"{components.about(*shapes)}; fitted to the canvas as training drawings are. "
+        f"{networks_facts(networks)}"
     )
     return [Table(f"Spatial variables: {data.name}", rows, note, {"UMAP of spatial variables": picture})]
 
@@ -457,7 +421,7 @@ def composition(
         "the drawing lies more to the side of the added class, against the subtracted one, than the drawing "
         "decoded without arithmetic does; ours, the paper has the picture alone. "
         f"{examples} examples a triple, temperature {temperature:g}. "
-        f"{_composition_facts(components, wanted, config)} {_facts(networks)}"
+        f"{_composition_facts(components, wanted, config)} {networks_facts(networks)}"
     )
     return [
         Table(f"Composition of embeddings: {data.name}", rows, note, {"Arithmetic on embeddings": picture})
@@ -666,7 +630,7 @@ def drawings(
         "own input nearest: for how many percent of the drawings their own input is the nearest, of the "
         f"group's {images} inputs or all there are, by the network's own embedding; ours, the paper has the "
         "picture alone. The Conv-VAE's decoder has no temperature. "
-        f"{_seen_facts(data)} {_facts(networks)}"
+        f"{_seen_facts(data)} {networks_facts(networks)}"
     )
     return [Table(f"Drawings: {data.name}", rows, note, {"Inputs and drawings": picture})]
 
@@ -808,7 +772,7 @@ def one_shot(
         f"of a character, mean over pixels in [0, 1]; ours, the paper has the picture alone. {samples} "
         "samples a character, of codes z ~ N(mean, deviation) with the most likely points, or of points from "
         "z = mean. "
-        f"{_trained_on(networks)} {_facts(networks)}"
+        f"{_trained_on(networks)} {networks_facts(networks)}"
     )
     return [Table("One-shot generation: omniglot", rows, note, {"Support images and samples": picture})]
 

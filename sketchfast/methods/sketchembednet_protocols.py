@@ -30,16 +30,17 @@ from . import sketchembednet as networks_module
 from .base import DataSpec, Method, Table
 from .sketchembednet import (
     SketchEncoder,
+    compared_networks,
     held_out_images,
     held_out_photos,
+    networks_facts,
     rendered_images,
     split_classes,
+    trained_networks,
     training_facts,
     usable_drawings,
 )
 
-#: method -> its name in the paper's tables, in their order
-NETWORKS = {"conv_vae": "Conv-VAE", "contrastive": "Contrastive", "sketchembednet": "SketchEmbedNet"}
 #: a data set's name here -> in the paper
 DATA_NAMES = {
     "omniglot": "Omniglot",
@@ -109,50 +110,6 @@ PAPER_RECOGNISED = {
 # ---- the networks compared ---------------------------------------------------------------------------------
 
 
-def compared_networks(
-    method: Method,
-    untrained: Method,
-    *,
-    conv_vae: Method | None = None,
-    contrastive: Method | None = None,
-    sketchembednet: Method | None = None,
-) -> dict[str, SketchEncoder]:
-    """The networks by name, in the order of the paper's tables.
-
-    ValueError where a run is of another method than its flag names, or of the same as `method`.
-    """
-    from . import METHODS, get_method
-
-    if not isinstance(method, SketchEncoder) or not isinstance(untrained, SketchEncoder):
-        raise TypeError(f"method must be one of {', '.join(NETWORKS)}, got a {type(method).__name__}")
-    found: dict[str, SketchEncoder] = {"untrained": untrained}
-    given = {"conv_vae": conv_vae, "contrastive": contrastive, "sketchembednet": sketchembednet}
-    for flag, run in given.items():
-        kind = get_method(flag)
-        if isinstance(method, kind):
-            if run is not None:
-                raise ValueError(f"{flag} must be left out: the run evaluated is one itself")
-            found[NETWORKS[flag]] = method
-        elif isinstance(run, SketchEncoder) and isinstance(run, kind):
-            found[NETWORKS[flag]] = run
-        elif run is not None:
-            raise ValueError(f"{flag} must be a run of {METHODS[flag]}, got one of {type(run).__name__}")
-    return found
-
-
-def _trained(networks: Mapping[str, SketchEncoder]) -> dict[str, SketchEncoder]:
-    return {name: network for name, network in networks.items() if name != "untrained"}
-
-
-def _facts(networks: Mapping[str, SketchEncoder]) -> str:
-    """What each of the networks was trained on and how, in which the paper's are others."""
-    names: dict[str, list[str]] = {}
-    for name, network in _trained(networks).items():
-        where = "" if network.trained_on is None else f" ({network.trained_on})"
-        names.setdefault(training_facts(network), []).append(name + where)
-    return " ".join(f"{', '.join(alike)}: {facts}" for facts, alike in names.items())
-
-
 def _as_in_paper(name: str, network: SketchEncoder) -> Trained:
     """What the paper's tables call the network; training data the paper does not know as named here."""
     data = None if network.trained_on is None else DATA_NAMES.get(network.trained_on, network.trained_on)
@@ -180,7 +137,7 @@ def _embed(network: SketchEncoder, images: NDArray[np.uint8]) -> NDArray[np.floa
 
 def _check_same_split(networks: Mapping[str, SketchEncoder], method: SketchEncoder, data: DataSpec) -> None:
     """ValueError where one of the networks was trained on classes that are held out here."""
-    for name, network in _trained(networks).items():
+    for name, network in trained_networks(networks).items():
         for field in ("held_out_classes", "split_seed"):
             got, wanted = getattr(network.config, field), getattr(method.config, field)
             if network.trained_on in (None, data.name) and got != wanted:
@@ -266,7 +223,7 @@ def fewshot(
     )
     if left_out := [_column(*task_) for task_ in tasks if task_ not in possible]:
         note += f" Not run, for want of classes or images: {', '.join(left_out)}."
-    return [Table(f"Few-shot classification: {task.what}", rows, f"{note} {_facts(networks)}")]
+    return [Table(f"Few-shot classification: {task.what}", rows, f"{note} {networks_facts(networks)}")]
 
 
 def _column(way: int, shot: int) -> str:
@@ -461,7 +418,7 @@ class _Drawings:
             raise ValueError(
                 f"held_out_classes must leave a class to evaluate on, got {config.held_out_classes!r}"
             )
-        learned = [n.config for n in _trained(networks).values() if n.trained_on in (None, data.name)]
+        learned = [n.config for n in trained_networks(networks).values() if n.trained_on in (None, data.name)]
         self._samples = sorted({c.drawings_per_class for c in learned})
 
     def divide(self, names: Sequence[str], classes: int, train: int, test: int, seed: int) -> Division:
@@ -603,7 +560,7 @@ def linear(
         rows.append(row)
     notes = " ".join(_division_note(what.capitalize(), division) for what, division in divisions.items())
     note = f"Accuracy in percent, 95% intervals over the test drawings; L2 penalty {l2:g}. {notes}"
-    return [Table(f"Linear classification: {data.name}", rows, f"{note} {_facts(networks)}")]
+    return [Table(f"Linear classification: {data.name}", rows, f"{note} {networks_facts(networks)}")]
 
 
 def _on_quickdraw(data: DataSpec, name: str, network: SketchEncoder) -> bool:
@@ -636,7 +593,7 @@ def _ilsvrc_table(
         f"Accuracy in percent, 95% intervals over the test images; L2 penalty {l2:g}. {sizes['classes']} "
         f"classes, {sizes['train']} labelled images, {sizes['val']} of the validation set to test."
     )
-    return Table("Linear classification: ILSVRC", rows, f"{note} {_facts(networks)}")
+    return Table("Linear classification: ILSVRC", rows, f"{note} {networks_facts(networks)}")
 
 
 def _folder_vectors(
@@ -716,9 +673,9 @@ def recognisability(
         check_integer(flag, value, least)
     check_number("temperature", temperature, at_least=0)
     able = {name: network for name, network in networks.items() if _generates(network)}
-    if not _trained(able):
+    if not trained_networks(able):
         raise ValueError(
-            f"recognisability needs a network that generates, got {', '.join(_trained(networks))}"
+            f"recognisability needs a network that generates, got {', '.join(trained_networks(networks))}"
         )
     drawings, size = _Drawings(method, networks, data, per_class + test), method.config.image_size
     seeds = range(seed, seed + (samplings if temperature > 0 else 1))
@@ -754,7 +711,7 @@ def recognisability(
         f"the examples; each drawn {len(seeds)} time{'s' * (len(seeds) > 1)} at temperature {temperature:g}. "
         f"{' '.join(notes)}"
     )
-    return [Table(f"Recognisability of drawings: {data.name}", rows, f"{note} {_facts(networks)}")]
+    return [Table(f"Recognisability of drawings: {data.name}", rows, f"{note} {networks_facts(networks)}")]
 
 
 def _generates(network: SketchEncoder) -> bool:

@@ -16,13 +16,18 @@ from torch import Tensor, nn
 from sketchfast.data.dataset import StrokeDataset
 from sketchfast.data.procedural import procedural
 from sketchfast.evaluate import probes
+from sketchfast.methods import sketchembednet as networks_module
 from sketchfast.methods import sketchembednet_figures as module
 from sketchfast.methods.base import DataSpec, Table
-from sketchfast.methods.sketchembednet import StrokeBatch, split_classes, usable_drawings
+from sketchfast.methods.sketchembednet import (
+    StrokeBatch,
+    compared_networks,
+    split_classes,
+    usable_drawings,
+)
 from sketchfast.methods.sketchembednet_figures import (
     FIGURE_PROTOCOLS,
     Triple,
-    compared_networks,
     parse_triple,
 )
 from sketchfast.ops.raster import rasterize
@@ -90,7 +95,7 @@ def drawings() -> StrokeDataset:
 def _quick(monkeypatch: pytest.MonkeyPatch, drawings: StrokeDataset) -> None:
     monkeypatch.setattr(module, "read_drawings", lambda data, per_class=None: drawings)
     monkeypatch.setattr(
-        module, "training_facts", lambda network: f"Trained {int(network.steps_trained)} steps."
+        networks_module, "training_facts", lambda network: f"Trained {int(network.steps_trained)} steps."
     )
     monkeypatch.setattr(module, "_UNSEEN_INSTANCES", range(1000, 1001))
     monkeypatch.setattr(
@@ -139,7 +144,7 @@ def test_protocols_repeat_for_a_seed_and_say_what_was_trained(name: str, omniglo
     first, again, other = (run(name, **flags, seed=seed) for seed in (0, 0, 1))
     assert (first.rows, first.pictures) == (again.rows, again.pictures)
     assert first.pictures != other.pictures
-    assert "SketchEmbedNet: Trained 7 steps." in first.note
+    assert "SketchEmbedNet (procedural): Trained 7 steps." in first.note
     assert all(isinstance(value, int | float | str | None) for row in first.rows for value in row.values())
     assert pixels(first).shape[1] > 200
 
@@ -168,7 +173,7 @@ def test_networks_stand_in_the_papers_order() -> None:
             {"conv_vae": Contrastive},
             "conv_vae must be a run of ConvVAE, got one of Contrastive",
         ),
-        (ConvVAE, {"conv_vae": ConvVAE}, "conv_vae must not be given for a run of ConvVAE itself"),
+        (ConvVAE, {"conv_vae": ConvVAE}, "conv_vae must be left out: the run evaluated is one itself"),
         (Fake, {}, "method must be one of ConvVAE, Contrastive, SketchEmbedNet, got Fake"),
     ],
 )
@@ -223,7 +228,10 @@ def test_arrangement_has_a_row_a_relation_and_network() -> None:
     assert len({row["k-NN accuracy"] for row in table.rows[4:8]}) == 1
     assert table.rows[4]["k-NN accuracy"] > 60
     assert "circle and square: drawn by rule" in table.note
-    assert "Conv-VAE, Contrastive, SketchEmbedNet: Trained 7 steps." in table.note
+    assert (
+        "Conv-VAE (procedural), Contrastive (procedural), SketchEmbedNet (procedural): Trained 7 steps."
+        in table.note
+    )
 
 
 def test_drawings_of_the_data_are_landmarks_of_numerosity(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,12 +76,12 @@ def test_the_three_share_the_protocols(name: str) -> None:
 def test_networks_stand_in_the_papers_order(own: str) -> None:
     made = {name: make(name) for name in ("sketchembednet", "contrastive", "conv_vae")}
     others = {name: network for name, network in made.items() if name != own}
-    found = protocols.compared_networks(made[own], untrained(own), **others)
+    found = module.compared_networks(made[own], untrained(own), **others)
     assert list(found) == ["untrained", "Conv-VAE", "Contrastive", "SketchEmbedNet"]
     assert found["SketchEmbedNet"] is made["sketchembednet"]
     assert found["Conv-VAE"] is made["conv_vae"]
-    alone = protocols.compared_networks(made[own], untrained(own))
-    assert list(alone) == ["untrained", protocols.NETWORKS[own]]
+    alone = module.compared_networks(made[own], untrained(own))
+    assert list(alone) == ["untrained", module.NETWORKS[own]]
 
 
 def test_a_run_of_another_kind_is_refused() -> None:
@@ -296,7 +296,7 @@ def test_the_papers_figures_stand_beside_quickdraws(monkeypatch) -> None:
 def test_a_division_is_of_drawings_the_networks_have_not_seen_where_there_are_such() -> None:
     def division(drawings_per_class: int, trained_on: str | None = "procedural", names: str = "seen"):
         method = make(drawings_per_class=drawings_per_class, trained_on=trained_on)
-        networks = protocols.compared_networks(method, untrained())
+        networks = module.compared_networks(method, untrained())
         drawings = protocols._Drawings(method, networks, DataSpec(), 12)
         return drawings.divide(getattr(drawings, names), 6, 8, 4, 0)
 
@@ -324,7 +324,7 @@ def test_a_class_with_few_drawings_is_divided_in_proportion(monkeypatch) -> None
     cut = cut.subset(np.setdiff1d(np.arange(len(cut)), np.flatnonzero(cut.labels == lone)[1:]))
     monkeypatch.setattr(module, "read_drawings", lambda data, per_class=None: cut)
     method = make()
-    found = protocols._Drawings(method, protocols.compared_networks(method, untrained()), DataSpec(), 12)
+    found = protocols._Drawings(method, module.compared_networks(method, untrained()), DataSpec(), 12)
     division = found.divide(found.unseen, 45, 8, 4, 0)
     assert division.classes == 3  # one drawing is too few
     assert np.bincount(division.train_labels).tolist() == [8, 8, 2]
