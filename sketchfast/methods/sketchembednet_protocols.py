@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..data.dataset import LabelledImages, StrokeDataset
-from ..data.images import ImageSet
+from ..data.archive import existing_path, layout_error, open_tree
+from ..data.dataset import LabelledImages, StrokeDataset, add_counts
+from ..data.images import ImageSet, find_images, read_images
 from ..evaluate.fewshot import Accuracy, few_shot_accuracy, mean_accuracy
 from ..evaluate.linear import linear_accuracy
 from ..evaluate.recognition import recognised, train_classifier
@@ -569,53 +570,84 @@ def _on_quickdraw(data: DataSpec, name: str, network: SketchEncoder) -> bool:
     return data.name == "quickdraw" and known and network.config.encoder == "conv4"
 
 
+ILSVRC_EXPECTED = """  <root>/train/<class>/<file>
+  <root>/val/<class>/<file>"""
+_IMAGES_AT_ONCE = 4096  # bounds the images in memory
+
+
+class _Embedded(NamedTuple):
+    """The same images as every network embeds them."""
+
+    vectors: dict[str, NDArray[np.float32]]
+    labels: NDArray[np.int64]
+
+
 def _ilsvrc_table(
     networks: Mapping[str, SketchEncoder], root: Path, labelled: int, test: int, l2: float, seed: int
 ) -> Table:
-    counts = {"train": labelled, "val": test}
+    parts, skipped = _embedded_folders(networks, root, {"train": labelled, "val": test}, seed)
     rows: list[dict[str, Any]] = []
-    sizes: dict[str, int] = {}
     for name, network in networks.items():
-        vectors = {part: _folder_vectors(network, root / part, counts[part], seed) for part in counts}
-        found = linear_accuracy(
-            *vectors["train"], *vectors["val"], l2=l2, tops=(1, 5), device=network.offset_scale.device
-        )
+        train, val = ((part.vectors[name], part.labels) for part in parts.values())
+        found = linear_accuracy(*train, *val, l2=l2, tops=(1, 5), device=network.offset_scale.device)
         row: dict[str, Any] = {"network": name, "trained on": network.trained_on}
+        known = name == "untrained" or network.trained_on == "sketchy"
         for which, top in enumerate((1, 5)):
             row[f"top-{top}"] = found[top].percent()
-            if name == "untrained" or network.trained_on == "sketchy":
+            if known and network.config.encoder == "resnet12":
                 row[f"paper: top-{top}"] = PAPER_ILSVRC[name][which]
         rows.append(row)
-        sizes = {part: len(labels) for part, (_, labels) in vectors.items()} | {
-            "classes": len(np.unique(vectors["train"][1]))
-        }
+    labels = {part: embedded.labels for part, embedded in parts.items()}
     note = (
-        f"Accuracy in percent, 95% intervals over the test images; L2 penalty {l2:g}. {sizes['classes']} "
-        f"classes, {sizes['train']} labelled images, {sizes['val']} of the validation set to test."
+        f"Accuracy in percent, 95% intervals over the test images; L2 penalty {l2:g}. "
+        f"{len(np.unique(labels['train']))} classes, {len(labels['train'])} labelled images, "
+        f"{len(labels['val'])} of the validation set to test."
     )
+    if skipped:
+        note += f" Left out: {', '.join(f'{reason} {count}' for reason, count in skipped.items())}."
     return Table("Linear classification: ILSVRC", rows, f"{note} {networks_facts(networks)}")
 
 
-def _folder_vectors(
-    network: SketchEncoder, folder: Path, per_class: int, seed: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Embeddings and labels of at most `per_class` images a class of `<folder>/<class>/<file>`."""
-    from torchvision.datasets import ImageFolder
+def _embedded_folders(
+    networks: Mapping[str, SketchEncoder], root: Path, per_class: Mapping[str, int], seed: int
+) -> tuple[dict[str, _Embedded], dict[str, int]]:
+    """At most so many images of each class of `<root>/<part>/<class>/<file>`; what was left out, by reason.
 
-    if not folder.is_dir():
-        raise ValueError(f"root must hold train/<class>/ and val/<class>/, got no folder {folder}")
-    side = network.config.image_size
-    images = ImageFolder(str(folder), lambda image: np.asarray(image.resize((side, side))))
-    labels = np.array(images.targets)
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
-    rows = np.concatenate([shuffled[labels[shuffled] == c][:per_class] for c in np.unique(labels)])
-    loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(images, rows.tolist()),
-        batch_size=256,
-        num_workers=min(8, torch.get_num_threads()),
-        collate_fn=lambda batch: np.stack([image for image, _ in batch]),
-    )
-    return np.concatenate([_embed(network, batch) for batch in loader]), labels[rows]
+    All parts are labelled by the classes of the first. Each image is read once, for all networks.
+    """
+    size = max(network.config.image_size for network in networks.values())
+    parts: dict[str, _Embedded] = {}
+    skipped: dict[str, int] = {}
+    with open_tree(existing_path(root), into_archive=True) as tree:
+        found = {part: find_images(tree, part) for part in per_class}
+        if not all(files for files, _ in found.values()):
+            raise layout_error(root, ILSVRC_EXPECTED, tree.names)
+        names = sorted({file.class_name for file in next(iter(found.values()))[0]})
+        place = {name: label for label, name in enumerate(names)}
+        for part, (files, passed_over) in found.items():
+            if others := sorted({file.class_name for file in files} - set(names)):
+                raise ValueError(
+                    f"root: {part} must hold classes of {next(iter(found))}, got {others[:3]} beside them"
+                )
+            labels = np.array([place[file.class_name] for file in files])
+            shuffled = np.random.default_rng(seed).permutation(len(files))
+            chosen = [shuffled[labels[shuffled] == c][: per_class[part]] for c in np.unique(labels)]
+            picked = [files[row] for row in np.concatenate(chosen)]
+            vectors: dict[str, list[NDArray[np.float32]]] = {name: [] for name in networks}
+            read: list[NDArray[np.int64]] = []
+            add_counts(skipped, passed_over)
+            for start in range(0, len(picked), _IMAGES_AT_ONCE):
+                images = read_images(tree, picked[start : start + _IMAGES_AT_ONCE], names, size)
+                add_counts(skipped, images.skipped)
+                if len(images):
+                    read.append(images.labels)
+                    for name, network in networks.items():
+                        vectors[name].append(_embed(network, images.images))
+            if not read:
+                raise ValueError(f"root: {part} must hold images that can be read, got none")
+            embedded = {name: np.concatenate(of_network) for name, of_network in vectors.items()}
+            parts[part] = _Embedded(embedded, np.concatenate(read))
+    return parts, skipped
 
 
 # ---- recognisability (Table 5) -----------------------------------------------------------------------------

@@ -342,7 +342,7 @@ def test_linear_on_folders_of_photos(tmp_path) -> None:
             for number in range(count):
                 pixels = np.clip(np.array(colour) + generator.integers(-30, 30, (40, 50, 3)), 0, 255)
                 Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / part / name / f"{number}.png")
-    fields = {"image_channels": 3, "image_size": 32}
+    fields = {"image_channels": 3, "image_size": 32, "encoder": "resnet12"}
     method, data = make(trained_on="sketchy", **fields), DataSpec("ilsvrc", tmp_path)
     (table,) = linear(method, untrained(**fields), data, labelled=5)
     rows = rows_by_name(table)
@@ -350,7 +350,19 @@ def test_linear_on_folders_of_photos(tmp_path) -> None:
     assert value(rows["SketchEmbedNet"]["top-5"]) == 100
     assert (rows["SketchEmbedNet"]["paper: top-1"], rows["untrained"]["paper: top-5"]) == (6.15, 4.78)
     assert "3 classes, 15 labelled images, 12 of the validation set" in table.note
-    with pytest.raises(ValueError, match=r"root must hold train/<class>/ and val/<class>/"):
+    # a class without validation images, and files that are no images, change no other's label
+    for file in (tmp_path / "val" / "a").iterdir():
+        file.unlink()
+    (tmp_path / "val" / "b" / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "val" / "b" / "list.txt").write_text("")
+    (table,) = linear(method, untrained(**fields), data, labelled=6)
+    assert value(rows_by_name(table)["SketchEmbedNet"]["top-1"]) > 80
+    assert "8 of the validation set to test. Left out: not an image 1, broken image 1." in table.note
+    (tmp_path / "val" / "d").mkdir()
+    (tmp_path / "val" / "d" / "0.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"val must hold classes of train, got \['d'\]"):
+        linear(method, untrained(**fields), data)
+    with pytest.raises(ValueError, match=r"<root>/val/<class>/<file>"):
         linear(method, untrained(**fields), DataSpec("ilsvrc", tmp_path / "train"))
 
 
