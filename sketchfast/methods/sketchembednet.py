@@ -892,6 +892,11 @@ def training_facts(method: SketchEncoder) -> str:
         "simplify_tolerance",
         "image_size",
         "image_channels",
+        "latent_size",
+        "recurrent_dropout",
+        "pixel_loss_above",
+        "kl_weight",
+        "keep_overlap",
     )
     different = [
         f"{name} {getattr(config, name)} (paper {getattr(paper, name)})"

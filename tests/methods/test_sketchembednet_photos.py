@@ -320,6 +320,10 @@ def test_the_papers_run_on_sketchy_is_the_documented_one() -> None:
     assert facts.endswith(
         "Other sizes: hidden_size 8 (paper 1024), hyper_size 4 (paper 512), embed_size 2 (paper 64)."
     )
+    overlapping = replace(small, keep_overlap=True, latent_size=8)
+    assert training_facts(SketchEmbedNet(overlapping)).endswith(
+        "latent_size 8 (paper 256), keep_overlap True (paper False)."
+    )
 
 
 # --- command line -----------------------------------------------------------------------------------------

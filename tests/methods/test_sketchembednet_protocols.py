@@ -258,6 +258,7 @@ def test_the_sweep_stands_beside_the_papers(tmp_path) -> None:
     method, other = make(alpha_max=0.75), make(alpha_max=0.6)
     (table,) = alpha_sweep(method, untrained(), data, runs=(other,), episodes=1)
     assert [row.get("paper") for row in table.rows] == [None, 39.31, None]
+    assert "Paper: trained on Sketchy; the encoder is not said" in table.note
     (table,) = alpha_sweep(method, untrained(), data, shot=2, episodes=1)
     assert "paper" not in table.rows[0]
 
@@ -312,6 +313,19 @@ def test_a_division_is_of_drawings_the_networks_have_not_seen_where_there_are_su
     test = {image.tobytes() for image in some.test}
     assert len(test) == 24
     assert test.isdisjoint(image.tobytes() for image in some.train)
+
+
+def test_more_procedural_drawings_than_training_reads_are_unseen(monkeypatch) -> None:
+    monkeypatch.setattr(
+        module,
+        "read_drawings",
+        lambda data, per_class=None: few_drawings(data, 6 if per_class is None else 12),
+    )
+    method = make(drawings_per_class=0)
+    drawings = protocols._Drawings(method, module.compared_networks(method, untrained()), DataSpec(), 12)
+    # training reads 6 of 12 drawings a class
+    assert drawings.divide(drawings.seen, 6, 8, 4, 0).trained_on == 0
+    assert drawings.divide(drawings.seen, 6, 1, 11, 0).trained_on == 6 * 5
 
 
 def test_a_class_with_few_drawings_is_divided_in_proportion(monkeypatch) -> None:
@@ -394,6 +408,7 @@ def test_recognisability_of_what_the_networks_draw(monkeypatch) -> None:
     assert rows["SketchEmbedNet"]["paper: unseen"] == "77.94 ± 1.07"
     assert "paper: seen" not in rows["untrained"]
     assert "drawn 2 times at temperature 0.2" in table.note
+    assert "(the paper gives its training accuracy)" in table.note
 
 
 def test_pictures_as_good_as_the_originals_score_as_they(monkeypatch) -> None:
