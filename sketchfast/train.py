@@ -789,8 +789,9 @@ class _Loop:
         parameters = list(self.method.parameters())
         if self.config.clip_value > 0:
             torch.nn.utils.clip_grad_value_(parameters, self.config.clip_value)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.config.clip_norm > 0:
+            if self.config.clip_value > 0:
+                norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
 
     def any_rank(self, *flags: bool) -> list[bool]:

@@ -275,6 +275,9 @@ def test_linear_on_training_and_unseen_classes() -> None:
         assert list(row) == ["network", "trained on", "6-way, training classes", "4-way, unseen classes"]
         assert value(row["6-way, training classes"]) > 40
         assert value(row["4-way, unseen classes"]) > 60
+    assert (
+        "dimensions standardised (the paper does not say whether its were), L2 penalty 0.001." in table.note
+    )
     assert "Unseen classes: 4 classes, 32 labelled drawings, 16 others to test." in table.note
     (again,) = linear(make(), untrained(), DataSpec(), **others, labelled=8, test=4)
     assert again == table
