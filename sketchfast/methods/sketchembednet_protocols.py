@@ -141,8 +141,12 @@ def _embed(network: SketchEncoder, images: NDArray[np.uint8]) -> NDArray[np.floa
     return networks_module.embed_images(network, images)
 
 
-def _check_same_split(networks: Mapping[str, SketchEncoder], method: SketchEncoder, data: DataSpec) -> None:
+def _check_same_split(
+    networks: Mapping[str, SketchEncoder], method: SketchEncoder, data: DataSpec, class_names: list[str]
+) -> None:
     """ValueError where one of the networks was trained on classes that are held out here."""
+    config = method.config
+    seen = len(split_classes(class_names, config.held_out_classes, config.split_seed)[0])
     for name, network in trained_networks(networks).items():
         for field in ("held_out_classes", "split_seed"):
             got, wanted = getattr(network.config, field), getattr(method.config, field)
@@ -151,6 +155,12 @@ def _check_same_split(networks: Mapping[str, SketchEncoder], method: SketchEncod
                     f"{name} must have kept the classes out of training that the run did: {field} {wanted}, "
                     f"got {got}"
                 )
+        # which classes are held out depends on all names there are: a part of the data divides otherwise
+        if network.trained_on in (None, data.name) and (trained := int(network.training_classes)) > seen:
+            raise ValueError(
+                f"data must hold the classes that {name} was trained on, {trained}, and those held out: of "
+                f"the {len(class_names)} here {seen} would be training classes"
+            )
 
 
 # ---- few-shot classification (Tables 1 and 2) --------------------------------------------------------------
@@ -284,12 +294,13 @@ def _fewshot_images(
         if split == "test" and (others := set(images.class_names) - set(TEST_CLASSES)):
             what += f" ({len(others)} of its {len(images.class_names)} classes not in the published split's)"
     elif method.takes_colour:
-        _check_same_split(networks, method, data)
         images = held_out_photos(method, data, per_class, seed)
+        _check_same_split(networks, method, data, images.class_names)
         what = f"photos of held-out classes of {data.name}"
     else:
-        _check_same_split(networks, method, data)
-        images = held_out_images(method, networks_module.read_drawings(data), per_class, seed)
+        drawings = networks_module.read_drawings(data)
+        _check_same_split(networks, method, data, drawings.class_names)
+        images = held_out_images(method, drawings, per_class, seed)
         what = f"held-out classes of {data.name}"
     return _Task(images.images, images.labels, what)
 
@@ -414,10 +425,10 @@ class _Drawings:
     def __init__(
         self, method: SketchEncoder, networks: Mapping[str, SketchEncoder], data: DataSpec, per_class: int
     ) -> None:
-        _check_same_split(networks, method, data)
         self.method, self.data = method, data
         # some are longer than max_length: four times as many as wanted leave enough
         self.drawings = networks_module.read_drawings(data, 4 * per_class)
+        _check_same_split(networks, method, data, self.drawings.class_names)
         config = method.config
         self.seen, self.unseen = split_classes(
             self.drawings.class_names, config.held_out_classes, config.split_seed

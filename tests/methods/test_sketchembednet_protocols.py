@@ -159,6 +159,11 @@ def test_fewshot_needs_classes_that_no_network_was_trained_on() -> None:
     other = make("conv_vae", split_seed=3)
     with pytest.raises(ValueError, match=r"Conv-VAE must have kept the classes.*split_seed 0, got 3"):
         fewshot(make(), untrained(), DataSpec(), conv_vae=other, episodes=1)
+    part = make()
+    part.training_classes.fill_(7)  # here 6 of 10 are training classes: it was trained on other data
+    for protocol in (fewshot, linear):
+        with pytest.raises(ValueError, match=r"classes that SketchEmbedNet was trained on, 7, .* 10 here 6"):
+            protocol(part, untrained(), DataSpec())
     other.trained_on = "quickdraw"  # where all classes of this data are unseen
     fewshot(make(), untrained(), DataSpec(), conv_vae=other, episodes=1, ways=(2,), shots=(1,))
     for name in ("omniglot", "mini_imagenet"):
