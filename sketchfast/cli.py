@@ -374,12 +374,13 @@ def _evaluate(run: Path, name: str, data: DataSpec, flags: dict[str, Any], accel
     loaded = _load_runs(protocol, flags, run, device)
     tables = protocol(method, untrained, data, **{**flags, **loaded})
     stored = read_results(run).get("evaluations", {})
-    stored[f"{name} on {data.name}"] = {
+    title = ", ".join([f"{name} on {data.name}", *_choices(protocol, flags)])
+    stored[title] = {
         "step": step,
         "data": {"name": data.name, "root": None if data.root is None else str(data.root)},
         "flags": flags,
         "tables": [
-            dataclasses.asdict(table) | {"pictures": _write_pictures(run, f"{name}-{data.name}", table)}
+            dataclasses.asdict(table) | {"pictures": _write_pictures(run, title, table)}
             for table in tables
         ],
     }
@@ -388,14 +389,28 @@ def _evaluate(run: Path, name: str, data: DataSpec, flags: dict[str, Any], accel
     return tables
 
 
-def _write_pictures(run: Path, stem: str, table: Table) -> dict[str, str]:
+def _choices(function: Callable[..., Any], flags: dict[str, Any]) -> list[str]:
+    """The flags that say what was evaluated, where they are not the default: results of another choice stand
+    beside each other, those of another amount (of episodes, of drawings) replace one another."""
+    defaults = inspect.signature(function).parameters
+    return [
+        f"{name} {value}"
+        for name, value in flags.items()
+        if isinstance(value, (str, bool)) and value != defaults[name].default
+    ]
+
+
+def _write_pictures(run: Path, title: str, table: Table) -> dict[str, str]:
     """A table's pictures as files of the run folder; caption -> path in it."""
     from .runs import write_whole
 
+    def words(text: str) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
     written: dict[str, str] = {}
+    stem = words(title.replace(" on ", " "))
     for caption, png in table.pictures.items():
-        words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")
-        path = Path("pictures") / f"{stem}-{words}.png"
+        path = Path("pictures") / f"{stem}-{words(caption)}.png"
         (run / path).parent.mkdir(exist_ok=True)
         write_whole(run / path, lambda file, png=png: file.write(png))  # type: ignore[misc]
         written[caption] = path.as_posix()

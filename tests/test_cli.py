@@ -126,6 +126,18 @@ def test_evaluate_compares_with_an_untrained_twin(run, capfd):
     assert "Evaluation: weights on procedural" in (run / "report.html").read_text()
 
 
+def test_results_of_another_choice_do_not_replace_each_other():
+    def protocol(method, untrained, data, *, split: str = "test", rotations: bool = True, episodes: int = 5):
+        """One."""
+
+    flags = {"split": "test", "rotations": True, "episodes": 9}
+    assert cli._choices(protocol, flags) == []
+    assert cli._choices(protocol, flags | {"split": "evaluation", "rotations": False}) == [
+        "split evaluation",
+        "rotations False",
+    ]
+
+
 def test_evaluate_takes_the_first_protocol_by_default(run, capfd):
     assert main(["evaluate", str(run)]) == 0
     assert main(["evaluate", str(run), "weights", "--help"]) == 0
