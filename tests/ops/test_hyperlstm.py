@@ -329,6 +329,28 @@ def test_nan_in_the_gradient_past_the_end(device: str, impl: str) -> None:
 
 
 @fused
+@pytest.mark.parametrize("layer_norm", [True, False])
+@pytest.mark.parametrize("where", ["x", "h", "c", "hyper_h", "hyper_c", "bias", "ln_c_bias"])
+def test_nan_stays_nan(device: str, impl: str, where: str, layer_norm: bool) -> None:
+    """Where the reference shows that training went wrong, so does the fused op."""
+    finite = {}
+    for which in (impl, "reference"):
+        m = make(Case(layer_norm=layer_norm), torch.float32, device, which)
+        made = {"x": torch.ones(5, 3, 7, device=device)}
+        made |= {
+            n: torch.ones(3, w, device=device) for n, w in zip(op.STATE_NAMES, (17, 17, 9, 9), strict=True)
+        }
+        with torch.no_grad():
+            spoilt = made[where] if where in made else getattr(m, where)
+            spoilt.view(-1)[3] = torch.nan
+            x, *state = made.values()
+            out, last = m(x, tuple(state))
+        finite[which] = [v.isfinite().cpu() for v in (out, *last)]
+    assert not finite["reference"][0].all()
+    assert all(torch.equal(got, want) for got, want in zip(*finite.values(), strict=True))
+
+
+@fused
 def test_only_some_outputs_have_a_gradient(device: str, impl: str) -> None:
     case = Case()
     parts = {}
