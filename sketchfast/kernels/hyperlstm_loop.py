@@ -208,7 +208,12 @@ class _Operands:
         self.embed, self.inputs = weights.z_weight.shape[1], inputs
         self.main_gates, self.hyper_gates = 4 * self.hidden, 4 * self.hyper
         self.gates = self.main_gates + self.hyper_gates
-        low = {name: value.to(dtype) for name, value in weights._asdict().items() if value is not None}
+        # contiguous: a weight that is no parameter may have any strides, products want one that is 1
+        low = {
+            name: value.to(dtype).contiguous()
+            for name, value in weights._asdict().items()
+            if value is not None
+        }
         full = {
             name: value.detach().to(accumulate).contiguous()
             for name, value in weights._asdict().items()

@@ -392,6 +392,24 @@ def test_strided_inputs(device: str, impl: str) -> None:
 
 
 @fused
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "autocast"])
+def test_strides_of_state_and_weights(device: str, impl: str, low: bool) -> None:
+    """A weight that is no parameter has any strides: here none of them is 1."""
+    m = make(Case(), torch.float32, device, impl)
+    x, state = torch.randn(5, 3, 7, device=device), torch.randn(2, 17, 3, device=device)
+    parts = (state[0].t(), state[1].t(), state[0, :9].t(), state[1, :9].t())
+    weights = {name: torch.stack((p.detach(), p.detach()), -1)[..., 0] for name, p in m.named_parameters()}
+    leaves = [w.requires_grad_() for w in weights.values()]
+    with torch.autocast(device, torch.bfloat16, enabled=low):
+        want = m(x, tuple(part.contiguous() for part in parts))[0]
+        got = torch.func.functional_call(m, weights, (x, parts))[0]
+    assert_same_bits(got, want)
+    of_want = torch.autograd.grad(want.square().sum(), list(m.parameters()))
+    for a, b in zip(torch.autograd.grad(got.square().sum(), leaves), of_want, strict=True):
+        assert_same_bits(a, b)
+
+
+@fused
 def test_once_differentiable(device: str, impl: str) -> None:
     for which in (impl, "reference"):
         m = make(Case(), torch.float32, device, which)
