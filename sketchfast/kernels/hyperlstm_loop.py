@@ -302,11 +302,16 @@ def forward(
     z_by_scale = z.view(batch, 12, w.embed).transpose(0, 1)
     scales = x.new_empty(12, batch, w.hidden, dtype=dtype)
     scales_of_step = scales.view(12, 1, batch, w.hidden)
-    z_to_scales = products.stationary(w.from_z.transpose(1, 2))
-    hidden_to_main = products.stationary(w.weight_hh.t())
-    hidden_to_hyper = products.stationary(w.hyper_weight_h.t())
-    hyper_to_hyper = products.stationary(w.hyper_weight_hh.t())
-    hyper_to_z = products.stationary(w.to_z.t())
+    z_to_scales, hidden_to_main, hidden_to_hyper, hyper_to_hyper, hyper_to_z = (
+        products.stationary(weight) if steps > 1 else weight  # a single step is too few to pay for it
+        for weight in (
+            w.from_z.transpose(1, 2),
+            w.weight_hh.t(),
+            w.hyper_weight_h.t(),
+            w.hyper_weight_hh.t(),
+            w.to_z.t(),
+        )
+    )
     mains, hypers = w.split(recurrent)
 
     for index, start in enumerate(range(0, steps, chunk)):

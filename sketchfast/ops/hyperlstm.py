@@ -217,7 +217,7 @@ class _Packed(NamedTuple):
 @cache
 def _has_wide_products() -> bool:
     """Whether the CPU library's own products are made for vectors wider than those of torch's library."""
-    panels = torch.ops.sketchfast.hyperlstm_pack_native(torch.zeros(1, 1))
+    panels = torch.ops.sketchfast.hyperlstm_pack_native(torch.zeros(1, 1, dtype=torch.float32, device="cpu"))
     return panels.shape[-1] >= 24
 
 

@@ -572,6 +572,33 @@ def test_products_match(m, n, k, groups, transposed, packed, add) -> None:
 
 
 @needs_native
+def test_the_default_dtype_does_not_matter() -> None:
+    want = op._has_wide_products()
+    op._has_wide_products.cache_clear()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert op._has_wide_products() == want
+    finally:
+        torch.set_default_dtype(before)
+
+
+@needs_native
+def test_a_single_step_packs_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not op._has_wide_products():
+        pytest.skip("packing is for CPUs with AVX-512")
+    m = make(Case(), torch.float32, "cpu", "native")
+
+    def refuse(self, weight: Tensor) -> Tensor:
+        raise AssertionError("packed for one use")
+
+    monkeypatch.setattr(op._WideProducts, "stationary", refuse)
+    m(torch.randn(1, 3, 7))
+    with pytest.raises(AssertionError, match="packed for one use"):
+        m(torch.randn(2, 3, 7))
+
+
+@needs_native
 def test_products_do_not_depend_on_threads() -> None:
     a, b = torch.randn(700, 300), torch.randn(300, 200)
     results = []
