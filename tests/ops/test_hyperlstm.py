@@ -449,6 +449,26 @@ def test_compiles_whole(device: str, impl: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+@fused
+def test_a_compiled_cell_is_not_compiled_for_every_step(device: str, impl: str) -> None:
+    torch._dynamo.reset()
+    cell = HyperLSTMCell(*Case().sizes, recurrent_dropout=0.2, impl=impl).to(device)
+    x, graphs = torch.randn(3, 7, device=device), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled, seed = torch.compile(cell, backend=backend, fullgraph=True), torch.tensor(3, device=device)
+    state = expected = tuple(torch.zeros(3, n, device=device) for n in (17, 17, 9, 9))
+    with torch.no_grad():
+        for step in range(6):
+            state = compiled(x, state, step=step, seed=seed)
+            expected = cell(x, expected, step=step, seed=seed)
+    assert_same_bits(state[0], expected[0])
+    assert len(graphs) <= 3  # step 0, step 1 (torch keeps both constant), any other
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("impl", [i for i in available_impls("cuda") if i != "reference"])
 def test_in_a_cuda_graph(impl: str) -> None:
