@@ -294,7 +294,9 @@ def forward(
     cell, hyper_cell, hyper_last = (
         part.clone(memory_format=torch.contiguous_format) for part in (c, hyper_c, hyper_h)
     )
-    hidden, hyper_hidden = h.to(dtype, copy=True), hyper_h.to(dtype, copy=True).contiguous()[None]
+    hidden, hyper_hidden = (
+        part.to(dtype, copy=True, memory_format=torch.contiguous_format) for part in (h, hyper_h[None])
+    )
     low_hidden = None if out.dtype == dtype else hidden
     x_main = x.new_empty(chunk, batch, w.main_gates, dtype=dtype)
     x_hyper = x.new_empty(chunk, batch, w.hyper_gates, dtype=dtype)
