@@ -28,9 +28,10 @@ SKETCHFAST_HD float reciprocal(float x) { return __fdividef(1.0f, x); }
 SKETCHFAST_HD float quotient(float a, float b) { return __fdividef(a, b); }
 #endif
 
+// NaN stays NaN: on CPU `exponential`, which clamps its argument, would make a number of it.
 template <typename V>
 SKETCHFAST_HD V logistic(V x) {
-  return reciprocal(1 + exponential(-x));
+  return select(x == x, reciprocal(1 + exponential(-x)), x);
 }
 
 // The type of one of V's numbers.
@@ -49,7 +50,7 @@ struct NumberOf<DoubleV> {
 };
 #endif
 
-// Near 0, where 1 - e^-2x would lose digits, by its series.
+// Near 0, where 1 - e^-2x would lose digits, by its series; so too NaN, which stays NaN.
 template <typename V>
 SKETCHFAST_HD V hyperbolic_tangent(V x) {
   using real = typename NumberOf<V>::type;
@@ -60,7 +61,7 @@ SKETCHFAST_HD V hyperbolic_tangent(V x) {
   series = series * x2 - real(17.0 / 315);
   series = series * x2 + real(2.0 / 15);
   series = series * x2 - real(1.0 / 3);
-  return select(magnitude < real(0.125), x + x * x2 * series, select(x < 0, -far, far));
+  return select(magnitude >= real(0.125), select(x < 0, -far, far), x + x * x2 * series);
 }
 
 // Gates before their activations are i, j, f, o; j is the new input. `kept` is what dropout leaves

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ops._contract import FLOAT_DTYPES, IMPLS, check_integer, check_number, check_tensor, describe
-from .ops.hyperlstm import State, hyperlstm
+from .ops.hyperlstm import State, check_dtype, hyperlstm
 
 __all__ = ["Context", "HyperLSTM", "HyperLSTMCell"]
 
@@ -124,12 +124,20 @@ class _HyperLSTMBase(nn.Module):
         """
         weights = self._weights()
         check_tensor("context", context, ("B", "C"), FLOAT_DTYPES, like=weights["weight_ih"])
+        check_dtype("context", context, weights["weight_ih"])
         size = context.shape[1]
         if size > self.input_size:
             raise ValueError(f"context must have at most input_size={self.input_size} features, got {size}")
         columns = slice(self.input_size - size, self.input_size)
         weight = torch.cat((weights["weight_ih"][:, columns], weights["hyper_weight_ih"][:, columns]))
         return Context(F.linear(context, weight), size)
+
+    def _as_context(self, context: Tensor | Context) -> Context:
+        if isinstance(context, Context):
+            return context
+        if isinstance(context, Tensor):
+            return self.project(context)
+        raise TypeError(f"context must be a tensor or what `project` returns, got {describe(context)}")
 
     def _run(
         self,
@@ -142,14 +150,12 @@ class _HyperLSTMBase(nn.Module):
         step_offset: int = 0,
     ) -> tuple[Tensor, State]:
         weights = self._weights()
-        if context is not None and not isinstance(context, Context):
-            if not isinstance(context, Tensor):
-                raise TypeError(
-                    f"context must be a tensor or what `project` returns, got {describe(context)}"
-                )
-            context = self.project(context)
         if context is not None:
+            context = self._as_context(context)
             own = self.input_size - context.size
+            check_tensor("x", x, ("T", "B", own), FLOAT_DTYPES, like=weights["weight_ih"])
+            if len(context.products) != x.shape[1]:
+                raise ValueError(f"context must have x's {x.shape[1]} rows, got {len(context.products)}")
             weights["weight_ih"] = weights["weight_ih"][:, :own]
             both = weights["hyper_weight_ih"]
             weights["hyper_weight_ih"] = torch.cat((both[:, :own], both[:, self.input_size :]), dim=1)
@@ -239,8 +245,8 @@ class HyperLSTMCell(_HyperLSTMBase):
         seed: Tensor | int | None = None,
         context: Tensor | Context | None = None,
     ) -> State:
-        if isinstance(context, Tensor):
-            context = self.project(context)
+        if context is not None:
+            context = self._as_context(context)
         own = self.input_size - (0 if context is None else context.size)
         check_tensor("x", x, ("B", own), FLOAT_DTYPES)
         check_integer("step", step, 0)

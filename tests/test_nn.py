@@ -354,6 +354,10 @@ def test_constructor_errors_name_the_argument(module, arguments, options, error,
         ({"x": torch.zeros(4, 3, 3)}, TypeError, "x must be of dtype float64 as the parameters are"),
         ({"x": torch.zeros(4, 3, 3).half()}, TypeError, "x must be of dtype float64 as the parameters are"),
         ({"step_offset": -1}, ValueError, "step_offset must be at least 0"),
+        ({"step_offset": 2**63}, ValueError, "step_offset must be at most"),
+        ({"context": [1.0]}, TypeError, "context must be a tensor or what `project` returns"),
+        ({"context": torch.zeros(3, 4, dtype=torch.float64)}, ValueError, "context must have at most"),
+        ({"context": torch.zeros(3, 1)}, TypeError, "context must be of dtype float64 as the parameters are"),
     ],
 )
 def test_call_errors_name_the_argument(change, error, words) -> None:
@@ -424,8 +428,20 @@ def test_replicas_of_data_parallel_run() -> None:
     assert_same(replica(x, state), m(x, state), rtol=0, atol=0)
 
 
+def test_context_has_the_rows_of_x() -> None:
+    with pytest.raises(ValueError, match="context must have x's 3 rows, got 4"):
+        make()(inputs()[0][..., :2], context=torch.zeros(4, 1, dtype=torch.float64))
+
+
+def test_seed_is_checked_without_dropout() -> None:
+    with pytest.raises(TypeError, match="seed must be an integer"):
+        make()(inputs()[0], seed="one")
+
+
 def test_cell_errors_name_the_argument() -> None:
     cell = make(HyperLSTMCell)
+    with pytest.raises(TypeError, match="context must be a tensor or what `project` returns"):
+        cell(torch.zeros(2, 3, dtype=torch.float64), context=[1.0])
     with pytest.raises(ValueError, match=r"x must have shape \[B, 3\]"):
         cell(torch.zeros(2, 4, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="step must be at least 0"):

@@ -308,7 +308,7 @@ class Partials {
 };
 
 // Gradients of the gates of a row into `grad` (kGates lines), of the cell in place. grad_hidden is
-// the gradient of h; `work` is three spare lines.
+// the gradient of h; `work` is two spare lines.
 template <typename real>
 void step_cell_backward(const Setting& s, const Gates<real>& gates, const NormOf<real>& norm,
                         const real* kept, const real* before, const real* after,

@@ -208,7 +208,12 @@ class _Operands:
         self.embed, self.inputs = weights.z_weight.shape[1], inputs
         self.main_gates, self.hyper_gates = 4 * self.hidden, 4 * self.hyper
         self.gates = self.main_gates + self.hyper_gates
-        low = {name: value.to(dtype) for name, value in weights._asdict().items() if value is not None}
+        # contiguous: a weight that is no parameter may have any strides, products want one that is 1
+        low = {
+            name: value.to(dtype).contiguous()
+            for name, value in weights._asdict().items()
+            if value is not None
+        }
         full = {
             name: value.detach().to(accumulate).contiguous()
             for name, value in weights._asdict().items()
@@ -289,7 +294,9 @@ def forward(
     cell, hyper_cell, hyper_last = (
         part.clone(memory_format=torch.contiguous_format) for part in (c, hyper_c, hyper_h)
     )
-    hidden, hyper_hidden = h.to(dtype, copy=True), hyper_h.to(dtype, copy=True).contiguous()[None]
+    hidden, hyper_hidden = (
+        part.to(dtype, copy=True, memory_format=torch.contiguous_format) for part in (h, hyper_h[None])
+    )
     low_hidden = None if out.dtype == dtype else hidden
     x_main = x.new_empty(chunk, batch, w.main_gates, dtype=dtype)
     x_hyper = x.new_empty(chunk, batch, w.hyper_gates, dtype=dtype)
@@ -297,11 +304,16 @@ def forward(
     z_by_scale = z.view(batch, 12, w.embed).transpose(0, 1)
     scales = x.new_empty(12, batch, w.hidden, dtype=dtype)
     scales_of_step = scales.view(12, 1, batch, w.hidden)
-    z_to_scales = products.stationary(w.from_z.transpose(1, 2))
-    hidden_to_main = products.stationary(w.weight_hh.t())
-    hidden_to_hyper = products.stationary(w.hyper_weight_h.t())
-    hyper_to_hyper = products.stationary(w.hyper_weight_hh.t())
-    hyper_to_z = products.stationary(w.to_z.t())
+    z_to_scales, hidden_to_main, hidden_to_hyper, hyper_to_hyper, hyper_to_z = (
+        products.stationary(weight) if steps > 1 else weight  # a single step is too few to pay for it
+        for weight in (
+            w.from_z.transpose(1, 2),
+            w.weight_hh.t(),
+            w.hyper_weight_h.t(),
+            w.hyper_weight_hh.t(),
+            w.to_z.t(),
+        )
+    )
     mains, hypers = w.split(recurrent)
 
     for index, start in enumerate(range(0, steps, chunk)):

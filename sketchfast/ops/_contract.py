@@ -290,8 +290,8 @@ def check_number(
 
 def check_integer(name: str, value: Any, at_least: int, at_most: int | None = None) -> int:
     """`value` as an int, or TypeError (no integer) or ValueError (out of range)."""
-    symbolic = isinstance(value, torch.SymInt)
-    if not symbolic:
+    # operator.index would make a constant of a number that torch.compile keeps open
+    if type(value) is not int and not isinstance(value, torch.SymInt):
         try:
             if isinstance(value, (bool, Tensor)):
                 raise TypeError

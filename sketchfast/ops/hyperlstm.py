@@ -20,6 +20,8 @@ from . import _contract as contract
 
 State = tuple[Tensor, Tensor, Tensor, Tensor]
 STATE_NAMES = ("h", "c", "hyper_h", "hyper_c")
+#: far from where int64 ends, so that steps can be added
+LAST_STEP = 2**62
 
 
 # --- schemas, fakes, autograd -------------------------------------------------------------------------------
@@ -217,7 +219,7 @@ class _Packed(NamedTuple):
 @cache
 def _has_wide_products() -> bool:
     """Whether the CPU library's own products are made for vectors wider than those of torch's library."""
-    panels = torch.ops.sketchfast.hyperlstm_pack_native(torch.zeros(1, 1))
+    panels = torch.ops.sketchfast.hyperlstm_pack_native(torch.zeros(1, 1, dtype=torch.float32, device="cpu"))
     return panels.shape[-1] >= 24
 
 
@@ -296,11 +298,18 @@ def _check_state(state: Any, sizes: tuple[int, ...], batch: int, like: Tensor) -
     return h, c, hyper_h, hyper_c
 
 
-def _check_seed(seed: Any, device: torch.device) -> Tensor:
+def _check_seed(seed: Any) -> Tensor | int | None:
+    if seed is None:
+        return None
     if isinstance(seed, Tensor):
-        return contract.check_tensor("seed", seed, (), (torch.int64,)).to(device)
-    number = contract.check_integer("seed", seed, -(2**63), 2**63 - 1)
-    return torch.tensor(number, dtype=torch.int64, device=device)
+        return contract.check_tensor("seed", seed, (), (torch.int64,))
+    return contract.check_integer("seed", seed, -(2**63), 2**63 - 1)
+
+
+def _seed_on(device: torch.device, seed: Tensor | int | None) -> Tensor:
+    if seed is None:
+        return draw_seed(device)
+    return torch.as_tensor(seed, dtype=torch.int64, device=device)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -311,13 +320,13 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _check_dtype(x: Tensor, weight: Tensor) -> None:
+def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:
     """TypeError where x has not the parameters' dtype; autocast, which casts all but float64, forgives it."""
     if x.dtype == weight.dtype:
         return
     if _autocast_dtype(x) is None or weight.dtype == torch.float64:
         wanted = str(weight.dtype).removeprefix("torch.")
-        raise TypeError(f"x must be of dtype {wanted} as the parameters are, got {contract.describe(x)}")
+        raise TypeError(f"{name} must be of dtype {wanted} as the parameters are, got {contract.describe(x)}")
 
 
 def hyperlstm(
@@ -343,7 +352,7 @@ def hyperlstm(
     inputs = params["weight_ih"].shape[1]
     hidden, hyper = params["weight_hh"].shape[1], params["hyper_weight_hh"].shape[1]
     contract.check_tensor("x", x, ("T", "B", inputs), contract.FLOAT_DTYPES, like=params["weight_ih"])
-    _check_dtype(x, params["weight_ih"])
+    check_dtype("x", x, params["weight_ih"])
     impl = contract.choose_impl("hyperlstm", impl, x.device.type, x.dtype)
     steps, batch, _ = x.shape
     if base is not None:
@@ -353,11 +362,9 @@ def hyperlstm(
     state = _check_state(state, (hidden, hidden, hyper, hyper), batch, x)
     if lengths is not None:
         contract.check_tensor("lengths", lengths, (batch,), contract.INTEGER_DTYPES, like=x)
-    contract.check_integer("step_offset", step_offset, 0)
-    if recurrent_dropout > 0:
-        seed = draw_seed(x.device) if seed is None else _check_seed(seed, x.device)
-    else:
-        seed = None
+    contract.check_integer("step_offset", step_offset, 0, LAST_STEP)
+    seed = _check_seed(seed)
+    seed = _seed_on(x.device, seed) if recurrent_dropout > 0 else None
     if lengths is not None:
         live = torch.arange(steps, device=x.device)[:, None] < lengths[None]
         x = torch.where(

@@ -329,6 +329,28 @@ def test_nan_in_the_gradient_past_the_end(device: str, impl: str) -> None:
 
 
 @fused
+@pytest.mark.parametrize("layer_norm", [True, False])
+@pytest.mark.parametrize("where", ["x", "h", "c", "hyper_h", "hyper_c", "bias", "ln_c_bias"])
+def test_nan_stays_nan(device: str, impl: str, where: str, layer_norm: bool) -> None:
+    """Where the reference shows that training went wrong, so does the fused op."""
+    finite = {}
+    for which in (impl, "reference"):
+        m = make(Case(layer_norm=layer_norm), torch.float32, device, which)
+        made = {"x": torch.ones(5, 3, 7, device=device)}
+        made |= {
+            n: torch.ones(3, w, device=device) for n, w in zip(op.STATE_NAMES, (17, 17, 9, 9), strict=True)
+        }
+        with torch.no_grad():
+            spoilt = made[where] if where in made else getattr(m, where)
+            spoilt.view(-1)[3] = torch.nan
+            x, *state = made.values()
+            out, last = m(x, tuple(state))
+        finite[which] = [v.isfinite().cpu() for v in (out, *last)]
+    assert not finite["reference"][0].all()
+    assert all(torch.equal(got, want) for got, want in zip(*finite.values(), strict=True))
+
+
+@fused
 def test_only_some_outputs_have_a_gradient(device: str, impl: str) -> None:
     case = Case()
     parts = {}
@@ -370,6 +392,24 @@ def test_strided_inputs(device: str, impl: str) -> None:
 
 
 @fused
+@pytest.mark.parametrize("low", [False, True], ids=["float32", "autocast"])
+def test_strides_of_state_and_weights(device: str, impl: str, low: bool) -> None:
+    """A weight that is no parameter has any strides: here none of them is 1."""
+    m = make(Case(), torch.float32, device, impl)
+    x, state = torch.randn(5, 3, 7, device=device), torch.randn(2, 17, 3, device=device)
+    parts = (state[0].t(), state[1].t(), state[0, :9].t(), state[1, :9].t())
+    weights = {name: torch.stack((p.detach(), p.detach()), -1)[..., 0] for name, p in m.named_parameters()}
+    leaves = [w.requires_grad_() for w in weights.values()]
+    with torch.autocast(device, torch.bfloat16, enabled=low):
+        want = m(x, tuple(part.contiguous() for part in parts))[0]
+        got = torch.func.functional_call(m, weights, (x, parts))[0]
+    assert_same_bits(got, want)
+    of_want = torch.autograd.grad(want.square().sum(), list(m.parameters()))
+    for a, b in zip(torch.autograd.grad(got.square().sum(), leaves), of_want, strict=True):
+        assert_same_bits(a, b)
+
+
+@fused
 def test_once_differentiable(device: str, impl: str) -> None:
     for which in (impl, "reference"):
         m = make(Case(), torch.float32, device, which)
@@ -407,6 +447,26 @@ def test_compiles_whole(device: str, impl: str) -> None:
     got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x), list(m.parameters()))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@fused
+def test_a_compiled_cell_is_not_compiled_for_every_step(device: str, impl: str) -> None:
+    torch._dynamo.reset()
+    cell = HyperLSTMCell(*Case().sizes, recurrent_dropout=0.2, impl=impl).to(device)
+    x, graphs = torch.randn(3, 7, device=device), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled, seed = torch.compile(cell, backend=backend, fullgraph=True), torch.tensor(3, device=device)
+    state = expected = tuple(torch.zeros(3, n, device=device) for n in (17, 17, 9, 9))
+    with torch.no_grad():
+        for step in range(6):
+            state = compiled(x, state, step=step, seed=seed)
+            expected = cell(x, expected, step=step, seed=seed)
+    assert_same_bits(state[0], expected[0])
+    assert len(graphs) <= 3  # step 0, step 1 (torch keeps both constant), any other
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -529,6 +589,33 @@ def test_products_match(m, n, k, groups, transposed, packed, add) -> None:
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-4)
     assert torch.equal(wide[..., 0], around[0])
     assert torch.equal(wide[..., n + 1 :], around[1])
+
+
+@needs_native
+def test_the_default_dtype_does_not_matter() -> None:
+    want = op._has_wide_products()
+    op._has_wide_products.cache_clear()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert op._has_wide_products() == want
+    finally:
+        torch.set_default_dtype(before)
+
+
+@needs_native
+def test_a_single_step_packs_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not op._has_wide_products():
+        pytest.skip("packing is for CPUs with AVX-512")
+    m = make(Case(), torch.float32, "cpu", "native")
+
+    def refuse(self, weight: Tensor) -> Tensor:
+        raise AssertionError("packed for one use")
+
+    monkeypatch.setattr(op._WideProducts, "stationary", refuse)
+    m(torch.randn(1, 3, 7))
+    with pytest.raises(AssertionError, match="packed for one use"):
+        m(torch.randn(2, 3, 7))
 
 
 @needs_native
