@@ -106,18 +106,19 @@ __device__ inline float stroke_loss(const ForwardParams& p, int64_t position, in
   const float* target = p.target + position * 5;
   Components<kEach> components{p, position * width + 3, target[0], target[1], {}, {}};
   components.read();
+  constexpr int kUnrolled = kEach ? kEach : 1;
   const float live = 1 - target[4];
   const int steps = components.steps();
 
   float top = -INFINITY;
-#pragma unroll
+#pragma unroll kUnrolled
   for (int step = 0; step < steps; ++step) {
     if (components.exists(step)) top = maximum(top, components.weight_at(step));
   }
   top = greatest_of_warp(top);
   float best = -INFINITY, prior_sum = 0;
   bool is_broken = false;
-#pragma unroll
+#pragma unroll kUnrolled
   for (int step = 0; step < steps; ++step) {
     if (!components.exists(step)) continue;
     const float weight = components.weight_at(step) - top;
@@ -132,7 +133,7 @@ __device__ inline float stroke_loss(const ForwardParams& p, int64_t position, in
   const bool is_far = best == -INFINITY;  // from every component
   const float base = is_far ? 0.0f : best;
   float sum = 0;
-#pragma unroll
+#pragma unroll kUnrolled
   for (int step = 0; step < steps; ++step) {
     if (!components.exists(step)) continue;
     sum += share(components.weight_at(step) - top + components.at(step).log_density - base);
@@ -141,7 +142,7 @@ __device__ inline float stroke_loss(const ForwardParams& p, int64_t position, in
 
   if (p.rows) {
     const bool nothing = is_broken || is_far;
-#pragma unroll
+#pragma unroll kUnrolled
     for (int step = 0; step < steps; ++step) {
       if (!components.exists(step)) continue;
       const Density<float> d = components.at(step);
