@@ -329,6 +329,8 @@ def hyperlstm_variants(dtype: torch.dtype, batch: int, width: int, quick: bool) 
     if not quick:
         without = calls_of((None,) * 4, (None, None, 3, 0, 1.0, 0.0))
         yield from recorded(hyperlstm, f"{size} bare", without)
+
+
 def mixture_variants(positions: int, components: int, dtype: torch.dtype) -> Iterator[Variant]:
     """What the launchers of the mixture loss launch, with gradient rows and without, and backward."""
     from sketchfast.kernels.triton import mixture
@@ -400,7 +402,9 @@ def unique(variants: list[Variant]) -> list[Variant]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one size, one dtype, one architecture")
-    parser.add_argument("--op", choices=("raster", "sinkhorn", "triplet", "hyperlstm", "mixture"), help="this op only")
+    parser.add_argument(
+        "--op", choices=("raster", "sinkhorn", "triplet", "hyperlstm", "mixture"), help="this op only"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
