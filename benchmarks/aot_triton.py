@@ -38,6 +38,7 @@ SIZES = ((256, 64, 28), (64, 100, 84), (64, 256, 256))  # (B, T, side), of the b
 SINKHORN_SIZES = ((1024, 64, 64), (1, 125, 3840), (64, 64, 128), (1, 3840, 125), (1, 2048, 2048))  # (N, K, E)
 TRIPLET_SIZES = ((256, 128), (1024, 512), (8192, 128), (64, 128), (100, 8), (4096, 512))  # (B, D)
 HYPERLSTM_SIZES = ((256, 1024), (256, 512), (16, 4096), (64, 513))  # (B, units)
+MIXTURE_SIZES = ((64 * 256, 30), (40 * 64, 20), (64 * 256, 1), (100, 300))  # (positions, components)
 TYPE_NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -330,6 +331,21 @@ def hyperlstm_variants(dtype: torch.dtype, batch: int, width: int, quick: bool) 
         yield from recorded(hyperlstm, f"{size} bare", without)
 
 
+def mixture_variants(positions: int, components: int, dtype: torch.dtype) -> Iterator[Variant]:
+    """What the launchers of the mixture loss launch, with gradient rows and without, and backward."""
+    from sketchfast.kernels.triton import mixture
+
+    target = torch.empty((positions, 5), device="meta")
+    rows = torch.empty((positions, 3 + 6 * components), device="meta")
+    output, one = rows.to(dtype), target.new_empty(())
+    calls = {
+        "fwd": lambda: mixture.mixture_fwd(output, target, True),
+        "fwd no grad": lambda: mixture.mixture_fwd(output, target, False),
+        "bwd": lambda: mixture.mixture_bwd(one, one, rows, dtype),
+    }
+    yield from recorded(mixture, f"{positions}x{components} {TYPE_NAMES[dtype]}", calls)
+
+
 def compile_variant(variant: Variant, architecture: int) -> Result:
     import importlib
 
@@ -386,7 +402,9 @@ def unique(variants: list[Variant]) -> list[Variant]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one size, one dtype, one architecture")
-    parser.add_argument("--op", choices=("raster", "sinkhorn", "triplet", "hyperlstm"), help="this op only")
+    parser.add_argument(
+        "--op", choices=("raster", "sinkhorn", "triplet", "hyperlstm", "mixture"), help="this op only"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -409,6 +427,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.op in (None, "hyperlstm"):
         for dtype, size in itertools.product(dtypes, HYPERLSTM_SIZES[: 1 if options.quick else None]):
             found += hyperlstm_variants(dtype, *size, options.quick or size != HYPERLSTM_SIZES[0])
+    if options.op in (None, "mixture"):
+        for size in MIXTURE_SIZES[: 2 if options.quick else None]:
+            for dtype in dtypes:
+                found += mixture_variants(*size, dtype)
     variants = unique(found)
     work = [(variant, architecture) for variant in variants for architecture in architectures]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:

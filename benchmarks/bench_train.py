@@ -56,6 +56,7 @@ PARTS = {
         "images (rasterize)": ["method.render"],
         "encoder": ["method.encode"],
         "decoder (HyperLSTM)": ["method.decode"],
+        "pen and stroke loss (mixture_loss)": ["module.mixture_loss"],
         "pixel loss (raster_bce)": ["method.pixel_loss"],
     },
 }

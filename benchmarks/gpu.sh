@@ -90,7 +90,7 @@ fi
 
 stage tests 180 "$python" -m pytest tests -q --maxfail=20 --durations=5 -p no:cacheprovider
 
-for op in raster sinkhorn triplet hyperlstm; do
+for op in raster sinkhorn triplet hyperlstm mixture; do
   for tool in memcheck racecheck; do
     if command -v compute-sanitizer >/dev/null; then
       stage "$tool-$op" 45 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" "benchmarks/sanitize_$op.py"

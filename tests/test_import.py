@@ -138,7 +138,7 @@ def test_the_rule_can_fail(importer, imported):
 
 def test_every_op_fills_its_slots():
     """`git ls-files | grep raster` lists all of one op."""
-    for op in ("raster", "sinkhorn", "triplet", "hyperlstm"):
+    for op in ("raster", "sinkhorn", "triplet", "hyperlstm", "mixture"):
         for slot in (
             f"csrc/{op}_math.h",
             f"csrc/cpu/{op}.cpp",

@@ -99,6 +99,10 @@ SKETCHFAST_INLINE void store_first(float* to, FloatV v, int64_t count) {
 #endif
 }
 
+SKETCHFAST_INLINE void store_first(double* to, DoubleV v, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = v[i];
+}
+
 // The first `count` lanes, 0 in the others.
 SKETCHFAST_INLINE DoubleV load_first(const double* from, int64_t count) {
 #if defined(SKETCHFAST_ISA_avx512)
@@ -108,6 +112,20 @@ SKETCHFAST_INLINE DoubleV load_first(const double* from, int64_t count) {
   return (DoubleV)_mm256_maskload_pd(from, reinterpret_cast<__m256i>(lane < count));
 #else
   DoubleV v = {};
+  for (int64_t i = 0; i < count; ++i) v[i] = from[i];
+  return v;
+#endif
+}
+
+SKETCHFAST_INLINE FloatV load_first(const float* from, int64_t count) {
+#if defined(SKETCHFAST_ISA_avx512)
+  return (FloatV)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+#elif defined(SKETCHFAST_ISA_avx2)
+  const Int32V lane = {0, 1, 2, 3, 4, 5, 6, 7};
+  const Int32V loaded = lane < static_cast<int32_t>(count);
+  return (FloatV)_mm256_maskload_ps(from, reinterpret_cast<__m256i>(loaded));
+#else
+  FloatV v = {};
   for (int64_t i = 0; i < count; ++i) v[i] = from[i];
   return v;
 #endif

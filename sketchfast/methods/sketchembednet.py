@@ -27,6 +27,7 @@ from ..data.strokes import Sketch, simplify
 from ..models import mixture
 from ..models.encoders import ENCODERS
 from ..ops._contract import check_integer, check_number
+from ..ops.mixture import mixture_loss
 from ..ops.raster import raster_bce, rasterize
 from .base import PRESETS, DataSpec, Method, TrainConfig, sized_rgb
 
@@ -643,10 +644,10 @@ class SketchEmbedNet(SketchEncoder):
         h, c, hyper_h, hyper_c = torch.tanh(self.to_state(z)).split((hidden, hidden, hyper, hyper), dim=-1)
         return h, c, hyper_h, hyper_c
 
-    def decode(self, y: Tensor, z: Tensor) -> mixture.Mixture:
-        """The distribution [T, B, ...] of what follows each of y [B, T, 5] (teacher forcing)."""
+    def decode(self, y: Tensor, z: Tensor) -> Tensor:
+        """The head's output [T, B, 3 + 6 M] on what follows each of y [B, T, 5] (teacher forcing)."""
         out, _ = self.decoder(y.transpose(0, 1), self.initial_state(z), context=z)
-        return mixture.parse_mixture(self.head(out))
+        return self.head(out)
 
     # ---- loss ----------------------------------------------------------------------------------------------
 
@@ -676,11 +677,7 @@ class SketchEmbedNet(SketchEncoder):
         y = stroke5(batch, self.offset_scale)
         z = self.sample_code(*self.encode(self.inputs(batch)))
         predicted = self.decode(y[:, :-1], z)
-        target = y[:, 1:].transpose(0, 1)
-
-        pen = F.cross_entropy(predicted.pen_logits.flatten(0, 1), target[..., 2:].argmax(-1).flatten())
-        live = 1 - target[..., 4]
-        stroke = -(mixture.log_likelihood(predicted, target[..., :2]) * live).mean()
+        pen, stroke = mixture_loss(predicted, y[:, 1:].transpose(0, 1), impl=self.config.impl)
         alpha = self.scheduled(step)["alpha"]
         losses = {"loss": pen + (1 - alpha) * stroke, "pen": pen, "stroke": stroke}
         if self.has_pixel_loss(step):
@@ -690,17 +687,17 @@ class SketchEmbedNet(SketchEncoder):
         self.count_step(step)
         return losses
 
-    def pixel_loss(self, predicted: mixture.Mixture, batch: Batch) -> Tensor:
-        """Cross-entropy of the blurred rasters of prediction and drawing (Eqs. 5 and 6).
+    def pixel_loss(self, predicted: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy of the blurred rasters of prediction (the head's output) and drawing (Eqs. 5 and 6).
 
         Two-sided, as in the authors' code. The prediction runs through samples of the likeliest component,
         from the drawing's own first point and at the drawing's scale.
         """
-        best = mixture.likeliest(predicted)
+        best = mixture.likeliest_of(predicted)
         noise = torch.randn(*best.mean_x.shape, 2, dtype=best.mean_x.dtype, device=best.mean_x.device)
         offsets = mixture.sample_gaussian(best, noise).transpose(0, 1) * self.offset_scale
         points = torch.cumsum(torch.cat((batch.points[:, :1], offsets), dim=1), dim=1)
-        pens = torch.softmax(predicted.pen_logits.detach(), dim=-1)[..., PEN_DOWN].transpose(0, 1) > 0.5
+        pens = torch.softmax(predicted[..., :3].detach().float(), dim=-1)[..., PEN_DOWN].transpose(0, 1) > 0.5
         pens = torch.cat((batch.pen_down[:, :1], pens), dim=1)
         return raster_bce(
             self.to_pixels(points),

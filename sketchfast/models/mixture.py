@@ -9,32 +9,30 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# Simplified QuickDraw repeats offsets exactly, and the likelihood of a repeated value has no upper bound:
-# the spreads are kept off zero and the correlation off one.
-LOG_SIGMA_RANGE = (-7.0, 7.0)
-CORRELATION_LIMIT = 5.0
+from ..kernels.reference.mixture import (
+    CORRELATION_LIMIT,
+    LOG_SIGMA_RANGE,
+    Mixture,
+    compute_dtype,
+    log_likelihood,
+    output_size,
+    parse_mixture,
+)
 
-
-class Mixture(NamedTuple):
-    """Parameters of M bivariate Gaussians and three pen states at each of any leading positions."""
-
-    pen_logits: Tensor
-    """[..., 3]: pen down, pen lifted, sketch ended"""
-    log_weights: Tensor
-    """[..., M], normalised: logsumexp is 0"""
-    mean_x: Tensor
-    """[..., M]"""
-    mean_y: Tensor
-    """[..., M]"""
-    log_sigma_x: Tensor
-    """[..., M]"""
-    log_sigma_y: Tensor
-    """[..., M]"""
-    correlation: Tensor
-    """[..., M], in (-1, 1)"""
+__all__ = [
+    "Gaussian",
+    "Mixture",
+    "likeliest",
+    "likeliest_of",
+    "log_likelihood",
+    "output_size",
+    "parse_mixture",
+    "pick",
+    "sample",
+    "sample_gaussian",
+]
 
 
 class Gaussian(NamedTuple):
@@ -47,46 +45,6 @@ class Gaussian(NamedTuple):
     correlation: Tensor
 
 
-def output_size(components: int) -> int:
-    """Width of the head that `parse_mixture` reads."""
-    return 3 + 6 * components
-
-
-def parse_mixture(output: Tensor) -> Mixture:
-    """Reads [..., 3 + 6 M]: pens, then M each of weight, mean x, mean y, log sigma x, log sigma y, atanh rho.
-
-    log sigma is clamped to [-7, 7] and atanh rho to [-5, 5], where their gradient is 0.
-    """
-    if output.shape[-1] < output_size(1) or (output.shape[-1] - 3) % 6:
-        raise ValueError(f"output must have 3 + 6 M features, got shape {tuple(output.shape)}")
-    output = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
-    weights, mean_x, mean_y, log_sigma_x, log_sigma_y, raw_correlation = output[..., 3:].chunk(6, dim=-1)
-    return Mixture(
-        output[..., :3],
-        F.log_softmax(weights, dim=-1),
-        mean_x,
-        mean_y,
-        log_sigma_x.clamp(*LOG_SIGMA_RANGE),
-        log_sigma_y.clamp(*LOG_SIGMA_RANGE),
-        torch.tanh(raw_correlation.clamp(-CORRELATION_LIMIT, CORRELATION_LIMIT)),
-    )
-
-
-def log_likelihood(mixture: Mixture, offsets: Tensor) -> Tensor:
-    """log p(offsets) [...] of offsets [..., 2] under the mixture, summed in the log domain.
-
-    Each Gaussian is factored as p(x) p(y | x): y given x has mean rho x and variance 1 - rho^2 in units of
-    the two spreads, so that no difference of large squares is taken.
-    """
-    x, y = offsets[..., :1], offsets[..., 1:]
-    x = (x - mixture.mean_x) * torch.exp(-mixture.log_sigma_x)
-    y = (y - mixture.mean_y) * torch.exp(-mixture.log_sigma_y)
-    rest = 1 - mixture.correlation.square()
-    exponent = x.square() + (y - mixture.correlation * x).square() / rest
-    log_norm = mixture.log_sigma_x + mixture.log_sigma_y + 0.5 * torch.log(rest) + math.log(2 * math.pi)
-    return torch.logsumexp(mixture.log_weights - 0.5 * exponent - log_norm, dim=-1)
-
-
 def pick(mixture: Mixture, index: Tensor) -> Gaussian:
     """The component numbered `index` [...] (int64) at each position."""
     return Gaussian(*(part.gather(-1, index[..., None])[..., 0] for part in mixture[2:]))
@@ -95,6 +53,21 @@ def pick(mixture: Mixture, index: Tensor) -> Gaussian:
 def likeliest(mixture: Mixture) -> Gaussian:
     """The component of the greatest weight at each position."""
     return pick(mixture, mixture.log_weights.argmax(dim=-1))
+
+
+def likeliest_of(output: Tensor) -> Gaussian:
+    """`likeliest` of a head's output [..., 3 + 6 M], of which it parses no other component."""
+    parts = output[..., 3:].unflatten(-1, (6, -1))
+    index = parts[..., 0, :].argmax(dim=-1)
+    chosen = parts.gather(-1, index[..., None, None].expand(*index.shape, 6, 1))[..., 0]
+    _, mean_x, mean_y, log_sigma_x, log_sigma_y, raw = chosen.to(compute_dtype(output.dtype)).unbind(dim=-1)
+    return Gaussian(
+        mean_x,
+        mean_y,
+        log_sigma_x.clamp(*LOG_SIGMA_RANGE),
+        log_sigma_y.clamp(*LOG_SIGMA_RANGE),
+        torch.tanh(raw.clamp(-CORRELATION_LIMIT, CORRELATION_LIMIT)),
+    )
 
 
 def sample_gaussian(gaussian: Gaussian, noise: Tensor) -> Tensor:

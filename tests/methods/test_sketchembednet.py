@@ -28,6 +28,7 @@ from sketchfast.methods.sketchembednet import (
 from sketchfast.models import mixture
 from sketchfast.ops.raster import raster_bce, rasterize
 from sketchfast.runs import read_checkpoint
+from sketchfast.testing import available_impls
 from sketchfast.train import RunOptions, train
 
 DATA = Path(os.environ.get("SKETCHFAST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
@@ -279,7 +280,7 @@ def test_pen_and_stroke_loss_are_the_papers(monkeypatch) -> None:
     pen = stroke = 0.0
     for b in range(count):
         for t in range(steps):
-            at = mixture.Mixture(*(part[t, b] for part in seen["p"]))
+            at = mixture.parse_mixture(seen["p"][t, b])
             pen -= torch.log_softmax(at.pen_logits, -1)[int(y[b, t, 2:].argmax())].item()
             stroke -= mixture.log_likelihood(at, y[b, t, :2]).item() * (1 - y[b, t, 4].item())
     assert losses["pen"].item() == pytest.approx(pen / (steps * count))
@@ -305,26 +306,39 @@ def test_pixel_loss_joins_above_its_threshold(alpha: float, above: float, presen
         assert torch.isfinite(parameter.grad).all(), name
 
 
-def test_pixel_loss_of_the_drawing_itself() -> None:
+def test_pixel_loss_of_the_drawing_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "randn", torch.zeros)  # the mean of the likeliest component
     method = make()
     batch = make_batch(method)
     y = stroke5(batch, method.offset_scale)[:, 1:].transpose(0, 1)
-    sharp = torch.full(y.shape[:2], -20.0)[..., None]
-    perfect = mixture.Mixture(
-        y[..., 2:] * 20,
-        torch.zeros_like(sharp),
-        y[..., :1],
-        y[..., 1:2],
-        sharp,
-        sharp,
-        torch.zeros_like(sharp),
+    nothing = torch.zeros_like(y[..., :1])
+    likely, other = nothing + 1, nothing
+    perfect = torch.cat(  # the second of two components
+        (y[..., 2:] * 20, other, likely, nothing, y[..., :1], nothing, y[..., 1:2], *[nothing] * 6), dim=-1
     )
     points = method.to_pixels(batch.points)
     image = rasterize(points, batch.pen_down, 28, lengths=batch.lengths, blur_sigma=2.0, impl="reference")
     want = raster_bce(points, batch.pen_down, image, lengths=batch.lengths, blur_sigma=2.0, impl="reference")
     torch.testing.assert_close(method.pixel_loss(perfect, batch), want.mean(), rtol=1e-4, atol=1e-5)
-    shifted = perfect._replace(mean_x=perfect.mean_x + 0.5)
+    shifted = perfect.clone()
+    shifted[..., 6] += 0.5
     assert method.pixel_loss(shifted, batch) > want.mean() * 1.05
+
+
+@pytest.mark.skipif("native" not in available_impls("cpu"), reason="the CPU library was not built")
+@pytest.mark.parametrize("alpha", [0.05, 0.5])
+def test_losses_and_gradients_are_the_same_on_every_impl(alpha: float) -> None:
+    """The mixture's loss in one pass against the eager formula, with the pixel loss and without."""
+    found = []
+    for impl in ("reference", "native"):
+        method = make(impl=impl, alpha_interval=1, alpha_step=alpha, alpha_max=alpha)
+        torch.manual_seed(3)
+        losses = method.loss(make_batch(method), 5)
+        losses["loss"].backward()
+        gradients = {name: p.grad for name, p in method.named_parameters()}
+        found.append(({name: torch.as_tensor(x).detach() for name, x in losses.items()}, gradients))
+    assert ("pixel" in found[0][0]) == (alpha > 0.1)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
 
 
 def test_rendered_drawings_keep_the_padding() -> None:
@@ -387,7 +401,7 @@ def test_drawing_follows_the_decoder() -> None:
         z = method.encode(images)[0]
         y = [torch.tensor([0.0, 0, 1, 0, 0]).expand(4, 1, 5)]
         for _ in range(6):
-            at = mixture.Mixture(*(part[-1] for part in method.decode(torch.cat(y, 1), z)))
+            at = mixture.parse_mixture(method.decode(torch.cat(y, 1), z)[-1])
             offset, pen = mixture.sample(at, 0.0)
             y.append(torch.cat((offset, torch.nn.functional.one_hot(pen, 3)), -1)[:, None])
     path = torch.cumsum(torch.cat(y, 1)[..., :2], 1)

@@ -57,7 +57,7 @@ def test_native_says_why_it_does_not_load(monkeypatch, tmp_path):
 
 @needs_native
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
-@pytest.mark.parametrize("op", ["raster", "sinkhorn", "triplet", "hyperlstm"])
+@pytest.mark.parametrize("op", ["raster", "sinkhorn", "triplet", "hyperlstm", "mixture"])
 def test_narrower_instruction_sets(op, isa, tmp_path):
     """The op's own table, in a process whose kernels take the narrower path."""
     table = REPOSITORY / f"tests/ops/test_{op}.py"

@@ -86,6 +86,16 @@ def test_likeliest_component_and_its_samples() -> None:
     torch.testing.assert_close(torch.cov(drawn.T), want, atol=0.03, rtol=0.03)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_likeliest_of_an_output_is_that_of_its_mixture(dtype: torch.dtype) -> None:
+    output = (make(5, 3, scale=6.0)[0]).to(dtype).requires_grad_()
+    got, want = mixture.likeliest_of(output), mixture.likeliest(mixture.parse_mixture(output))
+    for ours, theirs in zip(got, want, strict=True):
+        assert torch.equal(ours, theirs)
+    grads = [torch.autograd.grad(sum(x.sin().sum() for x in parts), output)[0] for parts in (got, want)]
+    torch.testing.assert_close(*grads)
+
+
 def test_samples_carry_gradients_to_the_component() -> None:
     values = [torch.randn(3, dtype=torch.float64) * 0.3 for _ in range(5)]
     noise = torch.randn(3, 2, dtype=torch.float64)
