@@ -380,8 +380,7 @@ def _evaluate(run: Path, name: str, data: DataSpec, flags: dict[str, Any], accel
         "data": {"name": data.name, "root": None if data.root is None else str(data.root)},
         "flags": flags,
         "tables": [
-            dataclasses.asdict(table) | {"pictures": _write_pictures(run, title, table)}
-            for table in tables
+            dataclasses.asdict(table) | {"pictures": _write_pictures(run, title, table)} for table in tables
         ],
     }
     update_results(run, "evaluations", stored)

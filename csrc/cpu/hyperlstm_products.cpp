@@ -367,9 +367,8 @@ void by_columns(const Tensor& a, const Tensor& b, bool packed, const Tensor& lik
     for (int64_t i = begin; i < end;) {
       const int64_t g = i / panels, first = i % panels, last = std::min(panels, first + end - i);
       const Matrix from_a = matrix_of("a", a, g);
-      const Left from_left =
-          direct ? Left{from_a.data, from_a.row, false}
-                 : Left{floats_of(left) + g * left_floats, 0, true};
+      const Left from_left = direct ? Left{from_a.data, from_a.row, false}
+                                    : Left{floats_of(left) + g * left_floats, 0, true};
       k.multiply_panels(from_left, packed ? Matrix{} : matrix_of("b", b, g),
                         packed ? floats_of(b) + g * floats : nullptr, sizes, to.data + g * to.group,
                         to.row, add, first, last, floats_of(part));

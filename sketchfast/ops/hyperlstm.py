@@ -101,7 +101,7 @@ def _fake_backward(impl: str):
         batch, hyper = x.shape[1], hyper_cells.shape[2]
         return (
             torch.empty_like(x) if needs_x else x.new_empty(0),
-            x.new_empty(0, dtype=cells.dtype) if base is None else torch.empty_like(base),
+            x.new_empty(0, dtype=cells.dtype) if base is None else base.new_empty(base.shape),
             torch.empty_like(h, memory_format=torch.contiguous_format),
             cells.new_empty(batch, cells.shape[2]),
             h.new_empty(batch, hyper),
