@@ -211,7 +211,8 @@ class HyperLSTM(_HyperLSTMBase):
             from torch's generator on x's device.
         step_offset: number of steps run before, where a sequence is run in pieces under one seed.
     Cells, gates and layer norms are computed in float32 (float64 for float64), products in x's or autocast's
-    dtype. A wrong argument raises TypeError or ValueError that names it.
+    dtype; out, h and hyper_h come in x's dtype, c and hyper_c in that of the arithmetic. Once differentiable.
+    A wrong argument raises TypeError or ValueError that names it.
     """
 
     def forward(
