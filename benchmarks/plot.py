@@ -36,7 +36,8 @@ def plot_ratios(rows: list[dict], path: Path) -> None:
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.invert_yaxis()
     axes.tick_params(labelsize=7)
-    axes.set_xlabel("times faster than the rival (median against median); black: target")
+    axes.set_xlabel("times faster than the rival, medians; black: target")
+    axes.margins(y=0.01)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
