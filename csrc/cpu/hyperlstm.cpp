@@ -281,30 +281,43 @@ void step_cell(const Setting& s, const Gates<real>& gates, const NormOf<real>& n
   });
 }
 
-// Sums for the gradients of the parameters between the products: of one call's rows, added to the
-// thread's own at the end, so that no sum is long.
+// Sums for the gradients of the parameters between the products: of a few rows, of one call, and of
+// the thread, so that none of them is long.
 template <typename real>
 class Partials {
  public:
   real *weight, *bias, *gate, *cell_weight, *cell_bias;  // gate: null where there is no bias
 
-  Partials(bool has_gate, int64_t width) : count_((has_gate ? 14 : 10) * width), sums_(1, count_) {
+  Partials(bool has_gate, int64_t width) : count_((has_gate ? 14 : 10) * width), sums_(2, count_) {
     real* at = sums_.line(0);
     fill(at, count_, real(0));
+    fill(sums_.line(1), count_, real(0));
     weight = at;
     bias = weight + kGates * width;
     gate = has_gate ? bias + kGates * width : nullptr;
     cell_weight = bias + (has_gate ? 2 : 1) * kGates * width;
     cell_bias = cell_weight + width;
   }
+  // After each row.
+  void end_row() {
+    if (++rows_ < kRowsOfASum) return;
+    rows_ = 0;
+    add(sums_.line(1), sums_.line(0));
+    fill(sums_.line(0), count_, real(0));
+  }
   void add_to(void* partials) {
-    real *to = static_cast<real*>(partials), *from = sums_.line(0);
-    for (int64_t i = 0; i < count_; ++i) to[i] += from[i];
+    add(sums_.line(1), sums_.line(0));
+    add(static_cast<real*>(partials), sums_.line(1));
   }
 
  private:
-  int64_t count_;
+  static constexpr int64_t kRowsOfASum = 16;
+  int64_t count_, rows_ = 0;
   Scratch<real> sums_;
+
+  void add(real* to, const real* from) {
+    for (int64_t i = 0; i < count_; ++i) to[i] += from[i];
+  }
 };
 
 // Gradients of the gates of a row into `grad` (kGates lines), of the cell in place. grad_hidden is
@@ -519,6 +532,7 @@ void hyper_bwd_of(const Setting& s, const HyperBackward& a, void* partials, int6
                        grad, sums, work);
     for (int g = 0; g < kGates; ++g) written(a.grad_gates, 0, row, g, s.width, grad[g]);
     write_zeros<real>(a.grad_hidden, 0, row, 1, s.width);
+    sums.end_row();
   }
   sums.add_to(partials);
 }
@@ -582,6 +596,7 @@ void main_bwd_of(const Setting& s, const MainBackward& a, void* partials, int64_
       written(a.grad_scales, 0, row, 4 + g, width, to_of_h);
       written(a.grad_scales, 0, row, 8 + g, width, to_beta);
     }
+    sums.end_row();
   }
   sums.add_to(partials);
 }
