@@ -3,6 +3,7 @@
 #pragma once
 
 #include "elementary.h"
+#include "philox.h"
 
 namespace sketchfast {
 #if defined(SKETCHFAST_ISA)
@@ -109,29 +110,8 @@ SKETCHFAST_HD V layer_norm_gradient(V grad, V normed, V mean_grad, V mean_produc
   return inverse_deviation * (grad - mean_grad - normed * mean_product);
 }
 
-// Philox4x32-10 (Salmon et al. 2011) at counter (step, stream, block, 0) under key `seed`.
-struct FourWords {
-  uint32_t word[4];
-};
-
-SKETCHFAST_HD FourWords dropout_words(uint64_t seed, uint32_t step, uint32_t stream,
-                                      uint32_t block) {
-  uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
-  uint32_t x0 = step, x1 = stream, x2 = block, x3 = 0;
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t(x0) * 0xD2511F53u, product1 = uint64_t(x2) * 0xCD9E8D57u;
-    x0 = uint32_t(product1 >> 32) ^ x1 ^ key0;
-    x1 = uint32_t(product1);
-    x2 = uint32_t(product0 >> 32) ^ x3 ^ key1;
-    x3 = uint32_t(product0);
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
-  }
-  return {{x0, x1, x2, x3}};
-}
-
-// Element b * width + unit is word element % 4 of block element / 4, kept iff word / 2^32 >= p:
-// iff it is at least this. (p below 1 by less than 2^-32 keeps nothing.)
+// Dropout's element b * width + unit is word element % 4 of counter (step, stream, element / 4, 0),
+// kept iff word / 2^32 >= p: iff it is at least this. (p below 1 by less than 2^-32 keeps nothing.)
 inline uint64_t dropout_threshold(double p) { return uint64_t(::ceil(p * 4294967296.0)); }
 
 #if defined(SKETCHFAST_ISA)

@@ -173,8 +173,8 @@ void draw_mask(const Setting& s, uint32_t stream, int64_t step, int64_t row, rea
   for (int64_t block = first / 4; block * 4 < last; block += kBlocks) {
     real drawn[4 * kBlocks];
     for (int64_t i = 0; i < kBlocks; ++i) {
-      const FourWords words =
-          dropout_words(s.seed, uint32_t(step + s.step_offset), stream, uint32_t(block + i));
+      const PhiloxWords words =
+          philox(s.seed, uint32_t(step + s.step_offset), stream, uint32_t(block + i));
       for (int64_t w = 0; w < 4; ++w)
         drawn[4 * i + w] = words.word[w] >= threshold ? scale : real(0);
     }

@@ -1,4 +1,4 @@
-// Single-precision matrix products of the HyperLSTM on CPUs with AVX-512.
+// Single-precision matrix products of the HyperLSTM on CPUs with AVX-512 or AVX2.
 //
 // The recurrent weights meet a few rows at every step of a sequence. A library packs them anew each
 // time, and the one torch comes with leaves half of the vector width unused on many CPUs; here they

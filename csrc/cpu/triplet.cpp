@@ -825,7 +825,7 @@ class PairAnchor {
   int64_t choose(int64_t anchor, int64_t negatives, real own, const real* dist) {
     if (negatives == 0) return -1;
     if (pairs_.mining == Mining::random)
-      return nth_allowed(below(philox(pairs_.seed, uint32_t(anchor), 0).first, negatives));
+      return nth_allowed(below(philox(pairs_.seed, uint32_t(anchor), 0).word[0], negatives));
     if (pairs_.mining == Mining::semihard) {
       const real reach = own + real(margin_);
       for (int64_t k = 0; k < batch_; ++k)

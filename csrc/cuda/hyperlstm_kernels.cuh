@@ -217,8 +217,8 @@ __device__ inline Floats<V> draw(const Setting& p, uint64_t seed, uint32_t strea
                                  int64_t row, int unit) {
   if (!p.dropout.seed) return all_units<V>(1.0f);
   const int64_t element = row * p.width + unit;
-  const FourWords words = dropout_words(seed, p.counter + static_cast<uint32_t>(s), stream,
-                                        static_cast<uint32_t>(element / 4));
+  const PhiloxWords words = philox(seed, p.counter + static_cast<uint32_t>(s), stream,
+                                   static_cast<uint32_t>(element / 4));
   Floats<V> out;
   if (V == 1) {
     const int at = static_cast<int>(element % 4);

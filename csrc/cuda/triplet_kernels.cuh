@@ -910,7 +910,7 @@ __device__ inline int64_t nearest_negative(const PairsParams& p, int64_t i, Pair
 // In warp 0 of the CTA.
 __device__ inline int64_t random_negative(const PairsParams& p, int64_t i) {
   const int64_t batch = p.embeddings.batch;
-  const uint32_t word = philox(static_cast<uint64_t>(*p.seed), static_cast<uint32_t>(i), 0).first;
+  const uint32_t word = philox(static_cast<uint64_t>(*p.seed), static_cast<uint32_t>(i), 0).word[0];
   if (!p.labels) {
     if (batch < 2) return -1;
     const int64_t k = below(word, batch - 1);

@@ -218,13 +218,13 @@ class _Packed(NamedTuple):
 
 @cache
 def _has_wide_products() -> bool:
-    """Whether the CPU library's own products are made for vectors wider than those of torch's library."""
+    """Whether the CPU library's own products run on AVX-512 or AVX2; the baseline is left to torch's."""
     panels = torch.ops.sketchfast.hyperlstm_pack_native(torch.zeros(1, 1, dtype=torch.float32, device="cpu"))
     return panels.shape[-1] >= 24
 
 
 class _WideProducts(loop.Products):
-    """Single precision on a CPU with AVX-512, by the compiled library."""
+    """Single precision on a CPU with AVX-512 or AVX2, by the compiled library."""
 
     def stationary(self, weight: Tensor) -> Any:
         return _Packed(torch.ops.sketchfast.hyperlstm_pack_native(weight))
